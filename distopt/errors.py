@@ -1,0 +1,32 @@
+"""The errors that distopt raises.
+
+Each message gives the offending value, the rule it broke and what to do instead.
+"""
+
+
+class DistoptError(Exception):
+    """Base of every error that distopt raises on purpose."""
+
+
+class ConfigError(DistoptError, ValueError):
+    """A configuration value breaks its rule, or a configuration key is unknown."""
+
+
+class CompatibilityError(DistoptError, RuntimeError):
+    """The model, optimizer or host cannot be combined with the algorithm that was asked for."""
+
+
+class StateMismatchError(DistoptError, RuntimeError):
+    """A checkpoint does not belong to this model, algorithm or set of ranks, or its file is damaged."""
+
+
+class NonFiniteGradientError(DistoptError, ArithmeticError):
+    """A gradient held NaN or Inf on at least one rank; raised on every rank with the same message."""
+
+
+class DesyncError(DistoptError, RuntimeError):
+    """The ranks disagree: about the configuration at attach, or about the step while training."""
+
+
+class DecodeError(DistoptError, ValueError):
+    """What arrived cannot be decoded: a payload does not fit its header."""

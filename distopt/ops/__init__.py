@@ -1,0 +1,11 @@
+"""Typed face of the native kernels: selection, accumulation and decoding on flat tensors.
+
+The same names work without the native build: `distopt.ops.reference` then does the work, and the first call says so.
+
+All operations take 1-D contiguous tensors. Selection is exact: the k entries of largest magnitude, indices ascending,
+on ties the lowest index wins, NaN ranks above everything. Source: Lin et al., *Deep Gradient Compression*, ICLR 2018.
+"""
+
+from distopt.ops.dispatch import all_finite, backend, dgc_sparsify_, ef_sparsify_, scatter_add_, topk_abs
+
+__all__ = ["all_finite", "backend", "dgc_sparsify_", "ef_sparsify_", "scatter_add_", "topk_abs"]

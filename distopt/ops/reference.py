@@ -1,0 +1,64 @@
+"""Each operation in obvious torch: the definition that the native kernels are compared to, bit for bit.
+
+Runs on every device and dtype that torch has, also where no compiler was found. Written to be read, not to be fast.
+"""
+
+import torch
+from torch import Tensor
+
+
+def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.topk_abs`."""
+    magnitude = x.abs()
+    # NaN ranks largest: as its own class above +inf. A stable sort keeps the lowest index first among equals.
+    order = torch.argsort(magnitude, descending=True, stable=True)
+    nan_first = torch.argsort(magnitude[order].isnan().to(torch.int8), descending=True, stable=True)
+    indices = order[nan_first][:k].sort().values
+    return x[indices], indices.to(torch.int32)
+
+
+def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.ef_sparsify_`."""
+    residual.add_(grad.to(residual.dtype))
+    values, indices = topk_abs(residual, k)
+    residual[indices.long()] = 0
+    return values.to(compute_dtype(residual)), indices
+
+
+def dgc_sparsify_(
+    grad: Tensor, u: Tensor, v: Tensor, k: int, momentum: float, nesterov: bool, masking: bool
+) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.dgc_sparsify_`."""
+    dtype = compute_dtype(u)
+    g, u_new, v_new = grad.to(dtype), u.to(dtype), v.to(dtype)
+    if nesterov:
+        u_new = (u_new + g) * momentum
+        v_new = v_new + (u_new + g)
+    else:
+        u_new = u_new * momentum + g
+        v_new = v_new + u_new
+    u.copy_(u_new)
+    v.copy_(v_new)  # a 16-bit v rounds here, and what it holds after rounding is what is selected and sent
+    values, indices = topk_abs(v, k)
+    v[indices.long()] = 0
+    if masking:
+        u[indices.long()] = 0
+    return values.to(dtype), indices
+
+
+def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
+    """See `distopt.ops.scatter_add_`."""
+    if out.is_cuda:  # index_add_ is atomic there and would not be bit-equal on all ranks; indices of one call are unique
+        out[indices.long()] += values
+    else:
+        out.index_add_(0, indices.long(), values)
+
+
+def all_finite(x: Tensor) -> bool:
+    """See `distopt.ops.all_finite`."""
+    return bool(torch.isfinite(x).all())
+
+
+def compute_dtype(state: Tensor) -> torch.dtype:
+    """The dtype that the arithmetic on a state tensor runs in: float64 for float64, else float32."""
+    return torch.float64 if state.dtype == torch.float64 else torch.float32
