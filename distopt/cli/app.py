@@ -1,0 +1,175 @@
+"""The commands and their options."""
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from distopt.cli import compare as comparison
+from distopt.cli import datasets, info, machine, report
+from distopt.cli.progress import show_progress
+from distopt.errors import DistoptError
+from distopt.version import __version__
+
+app = typer.Typer(
+    help="Train over slow, uneven or unreliable networks with stock PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Model(StrEnum):
+    """Models to compare on."""
+
+    cnn = "cnn"
+    mlp = "mlp"
+
+
+class Values(StrEnum):
+    """Types of values on the wire."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Indices(StrEnum):
+    """Encodings of indices on the wire."""
+
+    int32 = "int32"
+    block16 = "block16"
+
+
+def run() -> None:
+    """Runs the command line; an error of distopt's is one message and exit code 1, not a traceback."""
+    try:
+        app()
+    except DistoptError as error:
+        print(f"distopt: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Train over slow, uneven or unreliable networks with stock PyTorch."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(name="info")
+def show_info(
+    as_json: Annotated[bool, Option("--json", help="Print JSON, for programs and bug reports.")] = False,
+) -> None:
+    """Say what is built and found: torch, native kernels and their CPU path, CUDA, MPI, hosts."""
+    found = info.collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    grid = Table.grid(padding=(0, 2))
+    for name, value in info.rows(found):
+        grid.add_row(name, value)
+    _console().print(grid, highlight=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        Model, Option(help="Model to train: a small convolutional net or a multi-layer perceptron.")
+    ] = Model.cnn,
+    data: Annotated[
+        str | None,
+        Option(
+            help="Folder of IDX files (train-images, train-labels, t10k-images, t10k-labels; gzipped or not), or "
+            "'digits' for scikit-learn's. Default: Debian's Fashion-MNIST where it is installed, else digits.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[int, Option(min=1, help="Processes under torchrun; each uses one thread.")] = 2,
+    epochs: Annotated[
+        int | None,
+        Option(min=1, help="Length of each run. Default: 6, for fewer than 10,000 images 40.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, Option(min=1, help="Length of each run in steps, in place of --epochs.")] = None,
+    batch: Annotated[int, Option(min=1, help="Images per rank and step.")] = 64,
+    lr: Annotated[float, Option(min=0.0, help="Learning rate at the start; falls to 0 along a cosine.")] = 0.05,
+    momentum: Annotated[
+        float, Option(min=0.0, help="Momentum of SGD; DGC takes it over, top-k leaves it in SGD.")
+    ] = 0.9,
+    weight_decay: Annotated[float, Option(min=0.0, help="Weight decay of SGD.")] = 5e-4,
+    seed: Annotated[int, Option(min=0, help="Seed of the weights and of the data's order, the same for all runs.")] = 0,
+    density: Annotated[float, Option(help="Part of the gradient that top-k and DGC send, in (0, 1].")] = 1e-3,
+    warmup_stage: Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="Steps of each of the four warm-up stages (25%, 6.25%, 1.6%, 0.4%); 0 for no warm-up. "
+            "Default: 1% of all steps.",
+            show_default=False,
+        ),
+    ] = None,
+    values: Annotated[Values, Option(help="Type of the values on the wire.")] = Values.fp32,
+    indices: Annotated[Indices, Option(help="Encoding of the indices on the wire.")] = Indices.int32,
+    deadline: Annotated[
+        float, Option(min=1.0, help="Seconds after which all runs are stopped and count as failed.")
+    ] = 600.0,
+    out: Annotated[Path, Option(help="Folder for the table's figures (JSON), the plot (PNG) and the logs.")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Train one model three times by the same steps: dense DDP, top-k with error feedback, DGC. Compare.
+
+    Ends with a table, a plot (accuracy over steps and over bytes) and a JSON file.
+    """
+    settings = comparison.Settings(
+        model=model,
+        data=data,
+        ranks=ranks,
+        epochs=epochs,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        seed=seed,
+        density=density,
+        warmup_stage=warmup_stage,
+        values=values,
+        indices=indices,
+    )
+    console = _console()
+    # Read here first, so that a bad folder is one clear error before any rank starts.
+    loaded = datasets.load(data)
+    jobs = settings.jobs(loaded)
+    num_steps = settings.steps_for(loaded)
+    title = f"{loaded.name}, {model}, {ranks} ranks, {num_steps} steps of {ranks} x {batch} images"
+    console.print(f"{title}; density {density:g}", highlight=False)
+    with show_progress(console, list(jobs), num_steps) as show:
+        results = comparison.run(jobs, out, deadline_s=deadline, show=show)
+    report.plot(results, out / "compare.png", title)
+    content = {
+        "command": "distopt compare",
+        "data": loaded.name,
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "settings": asdict(settings) | {"steps": num_steps},
+        "results": results,
+    }
+    report.write_json(content, out / "compare.json")
+    console.print(report.table(results, title))
+    console.print(report.notes(results), highlight=False)
+    console.print(f"Plot: {out / 'compare.png'}\nFigures: {out / 'compare.json'}", highlight=False)
+
+
+def _console() -> Console:
+    """Standard output; a pipe or a log has no width of its own, and a table must not wrap there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
