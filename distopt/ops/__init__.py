@@ -6,6 +6,16 @@ All operations take 1-D contiguous tensors. Selection is exact: the k entries of
 on ties the lowest index wins, NaN ranks above everything. Source: Lin et al., *Deep Gradient Compression*, ICLR 2018.
 """
 
-from distopt.ops.dispatch import all_finite, backend, dgc_sparsify_, ef_sparsify_, scatter_add_, topk_abs
+from distopt.ops.dispatch import all_finite, dgc_sparsify_, ef_sparsify_, scatter_add_, topk_abs
+from distopt.ops.native import BuildInfo, backend, build_info
 
-__all__ = ["all_finite", "backend", "dgc_sparsify_", "ef_sparsify_", "scatter_add_", "topk_abs"]
+__all__ = [
+    "BuildInfo",
+    "all_finite",
+    "backend",
+    "build_info",
+    "dgc_sparsify_",
+    "ef_sparsify_",
+    "scatter_add_",
+    "topk_abs",
+]

@@ -1,12 +1,24 @@
-"""Checks the arguments and hands them to the native kernels where they are built, else to the reference."""
+"""Checks the arguments and hands them to the kernels: the functions that users of `distopt.ops` call.
 
+Limits: float64 gradients and states always run on the reference, which is as fast as torch is. Nothing here is
+differentiable. Under torch.compile overlapping memory is not detected.
+"""
+
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from distopt.ops import reference
+from distopt.ops import checks, native, reference
+
+_topk_abs = torch.ops.distopt.topk_abs.default
+_ef_sparsify_ = torch.ops.distopt.ef_sparsify_.default
+_dgc_sparsify_ = torch.ops.distopt.dgc_sparsify_.default
+_scatter_add_ = torch.ops.distopt.scatter_add_.default
+_all_finite = torch.ops.distopt.all_finite.default
 
 
 def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k entries of largest magnitude.
+    """The k entries of largest magnitude, exactly; on ties the lowest index wins, NaN ranks largest.
 
     Args:
         x: float32, bfloat16, float16 or float64, shape (numel,), contiguous.
@@ -14,32 +26,134 @@ def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Values, dtype of x, shape (k,), and their indices, int32, shape (k,), ascending.
+
+    Raises:
+        ConfigError: an argument breaks a rule above.
     """
-    return reference.topk_abs(x, k)
+    checks.flat("x", x, checks.FLOATS)
+    checks.count(k, x.numel())
+    if not is_compiling() and not native.silent:
+        native.announce()
+    if x.dtype is torch.float64:
+        return reference.topk_abs(x, k)
+    return _topk_abs(x, k)
 
 
 def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Error feedback: `residual += grad`, then take out the k entries of largest magnitude."""
-    return reference.ef_sparsify_(grad, residual, k)
+    """Error feedback: `residual += grad`, then take the k entries of largest magnitude out of it.
+
+    Args:
+        grad: float32, bfloat16, float16 or float64, shape (numel,), contiguous; only read.
+        residual: float32, bfloat16 or float64, same shape and device, contiguous; updated. Arithmetic is in float32
+            (float64 for float64); a bfloat16 residual rounds on store, and the rounded value is selected and sent.
+        k: how many, in [0, numel].
+
+    Returns:
+        Values, float32 (float64 for a float64 residual), shape (k,), and indices, int32, shape (k,), ascending.
+
+    Raises:
+        ConfigError: an argument breaks a rule above, or grad and residual share memory.
+
+    Source: Stich et al., *Sparsified SGD with Memory*, 2018.
+    """
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("residual", residual, checks.STATES)
+    checks.same_size("residual", residual, "grad", grad)
+    checks.count(k, grad.numel())
+    if not is_compiling():
+        checks.apart("residual", residual, "grad", grad)
+        if not native.silent:
+            native.announce()
+    if grad.dtype is torch.float64 or residual.dtype is torch.float64:
+        return reference.ef_sparsify_(grad, residual, k)
+    return _ef_sparsify_(grad, residual, k)
 
 
 def dgc_sparsify_(
     grad: Tensor, u: Tensor, v: Tensor, k: int, *, momentum: float, nesterov: bool = False, masking: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Momentum correction, selection and masking in one pass (DGC, section 3)."""
-    return reference.dgc_sparsify_(grad, u, v, k, momentum, nesterov, masking)
+    """Momentum correction, exact selection and masking in one pass.
+
+    `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), then the k entries of largest |v| are taken out of v
+    and, with masking, set to zero in u.
+
+    Args:
+        grad: float32, bfloat16, float16 or float64, shape (numel,), contiguous; only read.
+        u: momentum, float32, bfloat16 or float64, same shape and device, contiguous; updated.
+        v: velocity, dtype of u; updated. 16-bit states: as the residual of `ef_sparsify_`.
+        k: how many, in [0, numel].
+        momentum: m, in [0, 1].
+        nesterov: look ahead.
+        masking: momentum factor masking.
+
+    Returns:
+        Values, float32 (float64 for float64 states), shape (k,), and indices, int32, shape (k,), ascending.
+
+    Raises:
+        ConfigError: an argument breaks a rule above, or two of the tensors share memory.
+
+    Source: Lin et al., *Deep Gradient Compression*, ICLR 2018, sections 3.1 to 3.3.
+    """
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("u", u, checks.STATES)
+    checks.flat("v", v, (u.dtype,))
+    checks.same_size("u", u, "grad", grad)
+    checks.same_size("v", v, "grad", grad)
+    checks.count(k, grad.numel())
+    checks.momentum_range(momentum)
+    if not is_compiling():
+        checks.apart("u", u, "grad", grad)
+        checks.apart("v", v, "grad", grad)
+        checks.apart("v", v, "u", u)
+        if not native.silent:
+            native.announce()
+    if grad.dtype is torch.float64 or u.dtype is torch.float64:
+        return reference.dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
+    return _dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
 
 
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
-    """`out[indices[i]] += values[i]`, in order."""
-    reference.scatter_add_(out, indices, values)
+    """`out[indices[i]] += values[i]` for i = 0, 1, ... in this order, so that all ranks get equal bits.
+
+    Args:
+        out: float32 or float64, shape (numel,), contiguous; updated.
+        indices: int32, shape (count,), contiguous, each in [0, numel); may repeat.
+        values: float32, bfloat16, float16, or float64 if out is; shape (count,), contiguous.
+
+    Raises:
+        ConfigError: an argument breaks a rule above.
+        DecodeError: an index is out of range (a RuntimeError under torch.compile). Nothing was written.
+    """
+    checks.flat("out", out, checks.SUMS)
+    checks.flat("indices", indices, checks.INDICES)
+    checks.flat("values", values, checks.FLOATS if out.dtype is torch.float64 else checks.FLOATS[:3])
+    checks.same_size("values", values, "indices", indices)
+    checks.same_device("indices", indices, "out", out)
+    if is_compiling():
+        return _scatter_add_(out, indices, values)
+    checks.apart("values", values, "out", out)
+    if not native.silent:
+        native.announce()
+    try:
+        _scatter_add_(out, indices, values)
+    except RuntimeError:
+        checks.index_range(indices, out.numel())
+        raise
+    return None
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor Inf."""
-    return reference.all_finite(x)
+    """Whether x holds neither NaN nor Inf: one read pass that stops at the first block that does.
 
+    Under torch.compile(fullgraph=True) set `torch._dynamo.config.capture_scalar_outputs`, as for `Tensor.item`.
 
-def backend() -> str:
-    """What does the work on CPU tensors."""
-    return "reference"
+    Args:
+        x: float32, bfloat16, float16 or float64, shape (numel,), contiguous.
+
+    Raises:
+        ConfigError: x breaks a rule above.
+    """
+    checks.flat("x", x, checks.FLOATS)
+    if not is_compiling() and not native.silent:
+        native.announce()
+    return bool(_all_finite(x).item())

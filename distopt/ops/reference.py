@@ -6,6 +6,8 @@ Runs on every device and dtype that torch has, also where no compiler was found.
 import torch
 from torch import Tensor
 
+from distopt.ops import checks
+
 
 def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `distopt.ops.topk_abs`."""
@@ -19,14 +21,15 @@ def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `distopt.ops.ef_sparsify_`."""
-    residual.add_(grad.to(residual.dtype))
+    dtype = compute_dtype(residual)
+    residual.copy_(residual.to(dtype) + grad.to(dtype))  # a 16-bit residual rounds here, once
     values, indices = topk_abs(residual, k)
     residual[indices.long()] = 0
-    return values.to(compute_dtype(residual)), indices
+    return values.to(dtype), indices
 
 
 def dgc_sparsify_(
-    grad: Tensor, u: Tensor, v: Tensor, k: int, momentum: float, nesterov: bool, masking: bool
+    grad: Tensor, u: Tensor, v: Tensor, k: int, *, momentum: float, nesterov: bool = False, masking: bool = True
 ) -> tuple[Tensor, Tensor]:
     """See `distopt.ops.dgc_sparsify_`."""
     dtype = compute_dtype(u)
@@ -48,7 +51,11 @@ def dgc_sparsify_(
 
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `distopt.ops.scatter_add_`."""
-    if out.is_cuda:  # index_add_ is atomic there and would not be bit-equal on all ranks; indices of one call are unique
+    checks.index_range(indices, out.numel())
+    values = values.to(out.dtype)
+    if (
+        out.is_cuda
+    ):  # index_add_ is atomic there and would not be bit-equal on all ranks; indices of one call are unique
         out[indices.long()] += values
     else:
         out.index_add_(0, indices.long(), values)

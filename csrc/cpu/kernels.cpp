@@ -1,0 +1,41 @@
+#include "kernels.h"
+
+#include <atomic>
+
+namespace distopt::cpu {
+namespace {
+
+std::atomic<int> chosen{best_path()};
+
+}  // namespace
+
+int best_path() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // asks the system too: the registers must be saved on a context switch
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return kAvx512;
+  }
+  if (avx2) return kAvx2;
+#endif
+  return kScalar;
+}
+
+bool set_path(int path) {
+  if (path < kScalar || path > best_path()) return false;
+  chosen.store(path, std::memory_order_relaxed);
+  return true;
+}
+
+int path() { return chosen.load(std::memory_order_relaxed); }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (path() == kAvx512) return kAvx512Kernels;
+  if (path() == kAvx2) return kAvx2Kernels;
+#endif
+  return kScalarKernels;
+}
+
+}  // namespace distopt::cpu

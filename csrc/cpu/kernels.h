@@ -1,0 +1,41 @@
+// The table of functions that exist once per instruction set, and the choice among them at run time.
+//
+// "scalar" is portable C++ and always there; "avx2" and "avx512" on x86-64 where the processor and the system have
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "job.h"
+#include "select.h"
+
+namespace distopt::cpu {
+
+struct Kernels {
+  // Applies job.update to elements [begin, end) and appends those whose key is above c.bound, cutting c when it is
+  // full. c.capacity >= max(k, 1) + kBlock.
+  void (*pass)(const Job& job, int64_t begin, int64_t end, Candidates& c);
+  // Whether no element has all exponent bits set, for words of 16, 32 and 64 bits.
+  bool (*finite16)(const uint16_t* words, int64_t n, uint16_t exponent);
+  bool (*finite32)(const uint32_t* words, int64_t n);
+  bool (*finite64)(const uint64_t* words, int64_t n);
+};
+
+enum Path : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The fastest path of this machine.
+int best_path();
+
+// Makes later calls of kernels(), from any thread, use this path. False, and no change, if the machine lacks it.
+bool set_path(int path);
+int path();
+
+const Kernels& kernels();
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace distopt::cpu

@@ -1,0 +1,135 @@
+// The fused pass over a tensor, written once over a vector type Vec: update u and v, rank the new v, keep the
+// candidates.
+//
+// Included by each kernels_*.cpp after its Vec, inside the reach of its target options; everything here is local to
+// that file. Vec gives kWidth lanes, load, store (returns what the memory now holds), add, mul, set1, key, max,
+// any_above and append. Products and sums round separately (-ffp-contract=off): results equal the reference bit for
+// bit.
+#pragma once
+
+#include "kernels.h"
+#include "scalar_vec.h"
+
+namespace distopt::cpu {
+namespace {
+
+// The key of the new v at elements i .. i + kWidth, after storing it.
+template <class Vec, Update kUpdate, class G, class S>
+inline typename Vec::I step([[maybe_unused]] const G* g, [[maybe_unused]] S* u, S* v,
+                            [[maybe_unused]] typename Vec::F momentum, int64_t i) {
+  if constexpr (kUpdate == Update::kNone) {
+    return Vec::key(Vec::load(v + i));
+  } else {
+    const auto gi = Vec::load(g + i);
+    auto vi = Vec::load(v + i);
+    if constexpr (kUpdate == Update::kAccumulate) {
+      vi = Vec::add(vi, gi);
+    } else if constexpr (kUpdate == Update::kHeavyBall) {
+      const auto ui = Vec::add(Vec::mul(Vec::load(u + i), momentum), gi);
+      vi = Vec::add(vi, ui);
+      Vec::store(u + i, ui);
+    } else {
+      const auto ui = Vec::mul(Vec::add(Vec::load(u + i), gi), momentum);
+      vi = Vec::add(vi, Vec::add(ui, gi));
+      Vec::store(u + i, ui);
+    }
+    return Vec::key(Vec::store(v + i, vi));
+  }
+}
+
+template <class Vec, int kUnroll, Update kUpdate, class G, class S>
+inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  constexpr int64_t kStep = kUnroll * Vec::kWidth;
+  static_assert(kStep <= kBlock, "a block must fit between two looks at the capacity");
+  const auto* g = static_cast<const G*>(job.grad);
+  auto* u = static_cast<S*>(job.u);
+  auto* v = static_cast<S*>(job.v);
+  const auto momentum = Vec::set1(job.momentum);
+  int32_t bound = c.bound;
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) {
+    // 1. Update a block and look at its largest key: at low density most blocks end here.
+    typename Vec::I key[kUnroll];
+    for (int j = 0; j < kUnroll; ++j) key[j] = step<Vec, kUpdate>(g, u, v, momentum, i + j * Vec::kWidth);
+    auto largest = key[0];
+    for (int j = 1; j < kUnroll; ++j) largest = Vec::max(largest, key[j]);
+    if (!Vec::any_above(largest, bound)) continue;
+    // 2. Make room if needed, then append what is above the bound.
+    if (c.count + kBlock > c.capacity) {
+      cut(c);
+      bound = c.bound;
+    }
+    for (int j = 0; j < kUnroll; ++j) {
+      c.count +=
+          Vec::append(key[j], bound, static_cast<int32_t>(i + j * Vec::kWidth), c.index + c.count, c.key + c.count);
+    }
+  }
+  return i;
+}
+
+template <class Vec, Update kUpdate, class G, class S>
+void pass(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  const int64_t done = run<Vec, 4, kUpdate, G, S>(job, begin, end, c);
+  run<ScalarVec, 1, kUpdate, G, S>(job, done, end, c);
+}
+
+template <class Vec, class G, class S>
+void pass_update(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  switch (job.update) {
+    case Update::kNone:
+      return;  // has no gradient, see pass_any
+    case Update::kAccumulate:
+      return pass<Vec, Update::kAccumulate, G, S>(job, begin, end, c);
+    case Update::kHeavyBall:
+      return pass<Vec, Update::kHeavyBall, G, S>(job, begin, end, c);
+    case Update::kNesterov:
+      return pass<Vec, Update::kNesterov, G, S>(job, begin, end, c);
+  }
+}
+
+template <class Vec, class S>
+void pass_grad(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  switch (job.grad_dtype) {
+    case DType::kFloat32:
+      return pass_update<Vec, float, S>(job, begin, end, c);
+    case DType::kBFloat16:
+      return pass_update<Vec, BFloat16, S>(job, begin, end, c);
+    case DType::kFloat16:
+      return pass_update<Vec, Float16, S>(job, begin, end, c);
+  }
+}
+
+template <class Vec>
+void pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  const bool plain = job.update == Update::kNone;
+  switch (job.state_dtype) {
+    case DType::kFloat32:
+      return plain ? pass<Vec, Update::kNone, float, float>(job, begin, end, c)
+                   : pass_grad<Vec, float>(job, begin, end, c);
+    case DType::kBFloat16:
+      return plain ? pass<Vec, Update::kNone, float, BFloat16>(job, begin, end, c)
+                   : pass_grad<Vec, BFloat16>(job, begin, end, c);
+    case DType::kFloat16:
+      return pass<Vec, Update::kNone, float, Float16>(job, begin, end, c);
+  }
+}
+
+// Blocks large enough to vectorise, small enough to stop early.
+template <class Word>
+bool all_finite(const Word* words, int64_t n, Word exponent) {
+  constexpr int64_t kChunk = 4096;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = n - begin < kChunk ? n : begin + kChunk;
+    Word bad = 0;
+    for (int64_t i = begin; i < end; ++i) bad |= static_cast<Word>((words[i] & exponent) == exponent);
+    if (bad) return false;
+  }
+  return true;
+}
+
+bool finite16(const uint16_t* words, int64_t n, uint16_t exponent) { return all_finite(words, n, exponent); }
+bool finite32(const uint32_t* words, int64_t n) { return all_finite(words, n, uint32_t{0x7f800000}); }
+bool finite64(const uint64_t* words, int64_t n) { return all_finite(words, n, uint64_t{0x7ff0000000000000}); }
+
+}  // namespace
+}  // namespace distopt::cpu

@@ -1,0 +1,61 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "dtypes.h"
+#include "select.h"
+
+namespace distopt::cpu {
+namespace {
+
+float element(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load(static_cast<const float*>(data) + i);
+    case DType::kBFloat16:
+      return load(static_cast<const BFloat16*>(data) + i);
+    case DType::kFloat16:
+      return load(static_cast<const Float16*>(data) + i);
+  }
+  return 0;
+}
+
+// |v| after the update. Not rounded to a 16-bit v: the bound need not be exact.
+int32_t new_key(const Job& job, int64_t i) {
+  float v = element(job.v, job.state_dtype, i);
+  if (job.update == Update::kNone) return key_of(v);
+  const float g = element(job.grad, job.grad_dtype, i);
+  if (job.update == Update::kAccumulate) return key_of(v + g);
+  const float u = element(job.u, job.state_dtype, i);
+  if (job.update == Update::kHeavyBall) return key_of(v + (u * job.momentum + g));
+  return key_of(v + ((u + g) * job.momentum + g));
+}
+
+}  // namespace
+
+int64_t sample_size(int64_t n, int64_t k) {
+  constexpr int64_t kTooSmall = 1 << 14;  // the first cut comes soon enough
+  constexpr int64_t kWantedAbove = 16;    // samples among the k largest: trades sampling against candidates
+  constexpr int64_t kAtLeast = 4096;
+  if (n <= kTooSmall) return 0;
+  return std::min(std::max(kWantedAbove * (n / k), kAtLeast), n / 32);
+}
+
+int32_t sample_bound(const Job& job, int64_t n, int64_t k, int32_t* keys, int64_t size) {
+  // 1. One position per stretch.
+  const int64_t stretch = n / size;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint64_t hash = static_cast<uint32_t>(i) * 2654435761u;  // Knuth's multiplicative hash
+    keys[i] = new_key(job, i * stretch + static_cast<int64_t>((hash * static_cast<uint64_t>(stretch)) >> 32));
+  }
+  // 2. The rank at which the sample holds k of n, and the margin.
+  const double expected = static_cast<double>(size) * static_cast<double>(k) / static_cast<double>(n);
+  const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected))) + 1;
+  if (rank >= size) return kAcceptAll;
+  // 3. One below that sample, so that keys equal to it pass: they may all be needed when many are equal.
+  int64_t num_above = 0;
+  return kth_largest(keys, size, rank, &num_above) - 1;
+}
+
+}  // namespace distopt::cpu

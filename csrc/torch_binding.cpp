@@ -1,0 +1,175 @@
+// Registers the CPU kernels with torch through its stable ABI: one build serves every torch >= 2.10.
+//
+// The schemas, the checks with their messages for users, and the kernels for other devices are in distopt/ops. What is
+// checked again here is what memory safety needs, because torch.ops.distopt can be called directly.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "cpu/scatter.h"
+#include "cpu/sparsify.h"
+
+namespace {
+
+using distopt::cpu::BFloat16;
+using distopt::cpu::DType;
+using distopt::cpu::Float16;
+using distopt::cpu::Job;
+using distopt::cpu::Update;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "distopt: ", name,
+                      " must be float32, bfloat16 or float16 here; distopt.ops takes the others");
+  }
+}
+
+void check_flat(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.is_contiguous(), "distopt: ", name,
+                  " must be 1-D and contiguous, on the CPU");
+  STD_TORCH_CHECK(t.numel() <= 0x7fffffff, "distopt: ", name, " must have fewer than 2^31 elements, got ", t.numel());
+}
+
+void check_state(const Tensor& state, const char* name, const Tensor& grad, int64_t k) {
+  check_flat(state, name);
+  STD_TORCH_CHECK(state.numel() == grad.numel(), "distopt: ", name, " and grad differ in size");
+  STD_TORCH_CHECK(dtype_of(state, name) != DType::kFloat16, "distopt: ", name, " must be float32 or bfloat16");
+  STD_TORCH_CHECK(k >= 0 && k <= state.numel(), "distopt: k must be in [0, ", state.numel(), "], got ", k);
+}
+
+std::tuple<Tensor, Tensor> run(const Job& job, const Tensor& like, int64_t k, bool masking, ScalarType value_dtype) {
+  Tensor values = torch::stable::new_empty(like, {k}, value_dtype);
+  Tensor indices = torch::stable::new_empty(like, {k}, ScalarType::Int);
+  distopt::cpu::sparsify(job, like.numel(), k, masking, values.mutable_data_ptr(),
+                         static_cast<int32_t*>(indices.mutable_data_ptr()));
+  return {values, indices};
+}
+
+std::tuple<Tensor, Tensor> topk_abs(const Tensor& x, int64_t k) {
+  check_flat(x, "x");
+  STD_TORCH_CHECK(k >= 0 && k <= x.numel(), "distopt: k must be in [0, ", x.numel(), "], got ", k);
+  const DType dtype = dtype_of(x, "x");
+  // kNone only reads v.
+  const Job job{Update::kNone, dtype, dtype, nullptr, nullptr, const_cast<void*>(x.const_data_ptr()), 0.0f};
+  return run(job, x, k, false, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> ef_sparsify_(const Tensor& grad, const Tensor& residual, int64_t k) {
+  check_flat(grad, "grad");
+  check_state(residual, "residual", grad, k);
+  const Job job{Update::kAccumulate,
+                dtype_of(grad, "grad"),
+                dtype_of(residual, "residual"),
+                grad.const_data_ptr(),
+                nullptr,
+                residual.mutable_data_ptr(),
+                0.0f};
+  return run(job, residual, k, false, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> dgc_sparsify_(const Tensor& grad, const Tensor& u, const Tensor& v, int64_t k,
+                                         double momentum, bool nesterov, bool masking) {
+  check_flat(grad, "grad");
+  check_state(u, "u", grad, k);
+  check_state(v, "v", grad, k);
+  STD_TORCH_CHECK(u.scalar_type() == v.scalar_type(), "distopt: u and v must have one dtype");
+  const Job job{nesterov ? Update::kNesterov : Update::kHeavyBall,
+                dtype_of(grad, "grad"),
+                dtype_of(v, "v"),
+                grad.const_data_ptr(),
+                u.mutable_data_ptr(),
+                v.mutable_data_ptr(),
+                static_cast<float>(momentum)};
+  return run(job, v, k, masking, ScalarType::Float);
+}
+
+template <class Out>
+void scatter_add_into(Out* out, const int32_t* indices, const Tensor& values) {
+  using distopt::cpu::scatter_add;
+  const void* data = values.const_data_ptr();
+  const int64_t count = values.numel();
+  switch (values.scalar_type()) {
+    case ScalarType::Float:
+      return scatter_add(out, indices, static_cast<const float*>(data), count);
+    case ScalarType::BFloat16:
+      return scatter_add(out, indices, static_cast<const BFloat16*>(data), count);
+    case ScalarType::Half:
+      return scatter_add(out, indices, static_cast<const Float16*>(data), count);
+    default:
+      STD_TORCH_CHECK(values.scalar_type() == ScalarType::Double && sizeof(Out) == 8,
+                      "distopt: values must be floating point and not wider than out");
+      return scatter_add(out, indices, static_cast<const double*>(data), count);
+  }
+}
+
+void scatter_add_(const Tensor& out, const Tensor& indices, const Tensor& values) {
+  check_flat(out, "out");
+  check_flat(indices, "indices");
+  check_flat(values, "values");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int, "distopt: indices must be int32");
+  STD_TORCH_CHECK(indices.numel() == values.numel(), "distopt: indices and values differ in size");
+  const auto* at = static_cast<const int32_t*>(indices.const_data_ptr());
+  const int64_t bad = distopt::cpu::first_out_of_range(at, indices.numel(), out.numel());
+  STD_TORCH_CHECK(bad < 0, "distopt: indices[", bad, "] = ", at[bad < 0 ? 0 : bad], " is not in [0, ", out.numel(),
+                  ")");
+  if (out.scalar_type() == ScalarType::Float) {
+    scatter_add_into(static_cast<float*>(out.mutable_data_ptr()), at, values);
+  } else {
+    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Double, "distopt: out must be float32 or float64");
+    scatter_add_into(static_cast<double*>(out.mutable_data_ptr()), at, values);
+  }
+}
+
+bool finite(const Tensor& x) {
+  const auto& kernels = distopt::cpu::kernels();
+  const void* data = x.const_data_ptr();
+  if (x.scalar_type() == ScalarType::Double) return kernels.finite64(static_cast<const uint64_t*>(data), x.numel());
+  switch (dtype_of(x, "x")) {
+    case DType::kFloat32:
+      return kernels.finite32(static_cast<const uint32_t*>(data), x.numel());
+    case DType::kBFloat16:
+      return kernels.finite16(static_cast<const uint16_t*>(data), x.numel(), 0x7f80);
+    default:
+      return kernels.finite16(static_cast<const uint16_t*>(data), x.numel(), 0x7c00);
+  }
+}
+
+// A tensor of one bool, so that the op has a fake kernel; distopt.ops.all_finite makes a Python bool of it.
+Tensor all_finite(const Tensor& x) {
+  check_flat(x, "x");
+  Tensor result = torch::stable::new_empty(x, {}, ScalarType::Bool);
+  *static_cast<bool*>(result.mutable_data_ptr()) = finite(x);
+  return result;
+}
+
+// The path in use after asking for `path` (0 scalar, 1 AVX2, 2 AVX-512; -1 only asks). Unavailable: no change.
+int64_t cpu_path(int64_t path) {
+  if (path >= 0) distopt::cpu::set_path(static_cast<int>(path));
+  return distopt::cpu::path();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(distopt, CPU, m) {
+  m.impl("topk_abs", TORCH_BOX(&topk_abs));
+  m.impl("ef_sparsify_", TORCH_BOX(&ef_sparsify_));
+  m.impl("dgc_sparsify_", TORCH_BOX(&dgc_sparsify_));
+  m.impl("scatter_add_", TORCH_BOX(&scatter_add_));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(distopt, CompositeExplicitAutograd, m) { m.impl("_cpu_path", TORCH_BOX(&cpu_path)); }

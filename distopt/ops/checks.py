@@ -1,0 +1,86 @@
+"""The rules for the arguments of the operations, checked on each call: a few microseconds in all.
+
+Every message gives the value, the rule and the remedy. What a payload from the network can break is a DecodeError, what
+the caller can break is a ConfigError.
+"""
+
+import torch
+from torch import Tensor
+
+from distopt.errors import ConfigError, DecodeError
+
+MAX_NUMEL = 2**31 - 1  # indices are int32
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATES = (torch.float32, torch.bfloat16, torch.float64)  # float16 overflows where sums of gradients go
+SUMS = (torch.float32, torch.float64)
+INDICES = (torch.int32,)
+
+
+def flat(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """1-D, contiguous, not too long, one of the dtypes."""
+    if not isinstance(t, Tensor):
+        raise ConfigError(f"{name} must be a tensor, got {type(t).__name__}; use torch.as_tensor")
+    if t.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ConfigError(
+            f"{name} must have dtype {names}, got {str(t.dtype).removeprefix('torch.')}; convert it with .to()"
+        )
+    if t.layout is not torch.strided:
+        raise ConfigError(f"{name} must be dense, got layout {t.layout}; use .to_dense()")
+    if t.dim() != 1:
+        raise ConfigError(f"{name} must be 1-D, got shape {tuple(t.shape)}; use .view(-1), which shares memory")
+    if not t.is_contiguous():
+        raise ConfigError(f"{name} must be contiguous, got stride {t.stride(0)}; use .contiguous() and copy back")
+    if t.numel() > MAX_NUMEL:
+        raise ConfigError(
+            f"{name} must have at most 2^31-1 elements (indices are int32), got {t.numel()}; split it with torch.chunk"
+        )
+
+
+def same_size(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Equal length, equal device."""
+    if t.numel() != other.numel():
+        raise ConfigError(
+            f"{name} must have as many elements as {other_name} ({other.numel()}), got {t.numel()}; flatten the same parameter"
+        )
+    same_device(name, t, other_name, other)
+
+
+def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Equal device."""
+    if t.device != other.device:
+        raise ConfigError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {t.device}; move it with .to({other_name}.device)"
+        )
+
+
+def count(k: int, numel: int) -> None:
+    """K in [0, numel]."""
+    if not isinstance(k, int):
+        raise ConfigError(f"k must be an int in [0, {numel}], got {k!r} ({type(k).__name__}); use int(k)")
+    if not 0 <= k <= numel:
+        raise ConfigError(f"k must be in [0, {numel}], the number of elements, got {k}; use min(k, numel)")
+
+
+def momentum_range(momentum: float) -> None:
+    """A number in [0, 1]; NaN is not."""
+    if not 0.0 <= momentum <= 1.0:
+        raise ConfigError(f"momentum must be in [0, 1], got {momentum}; usual is 0.9")
+
+
+def apart(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """No shared memory. Not under torch.compile, where tensors have no address."""
+    a, b = t.data_ptr(), other.data_ptr()
+    if a < b + other.nbytes and b < a + t.nbytes and a and b:
+        raise ConfigError(f"{name} and {other_name} must not share memory, got overlapping tensors; clone one of them")
+
+
+def index_range(indices: Tensor, numel: int) -> None:
+    """Every index in [0, numel)."""
+    outside = (indices < 0) | (indices >= numel)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise DecodeError(
+            f"indices[{at}] must be in [0, {numel}), got {int(indices[at])}; "
+            "the payload is damaged or belongs to another tensor, nothing was written"
+        )

@@ -1,0 +1,63 @@
+"""Defines the operators `torch.ops.distopt.*`: the one place that holds their schemas.
+
+Each has a fake kernel (shapes and dtypes, for torch.compile) and the reference as its kernel on every device. The native
+library only registers kernels for the CPU on top, so the operators exist, and compile, whether it was built or not.
+"""
+
+import torch
+from torch import Tensor
+
+from distopt.ops import reference
+
+LIBRARY = torch.library.Library("distopt", "DEF")
+
+LIBRARY.define("topk_abs(Tensor x, int k) -> (Tensor, Tensor)")
+LIBRARY.define("ef_sparsify_(Tensor grad, Tensor(a!) residual, int k) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "dgc_sparsify_(Tensor grad, Tensor(a!) u, Tensor(b!) v, int k, *, "
+    "float momentum, bool nesterov=False, bool masking=True) -> (Tensor, Tensor)"
+)
+LIBRARY.define("scatter_add_(Tensor(a!) out, Tensor indices, Tensor values) -> ()")
+LIBRARY.define("all_finite(Tensor x) -> Tensor")  # one bool: an operator that returns a Python bool cannot be traced
+LIBRARY.define("_cpu_path(int path) -> int")  # native only, see distopt.ops.native
+
+
+def _selected(like: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return like.new_empty(k, dtype=dtype), like.new_empty(k, dtype=torch.int32)
+
+
+def _fake_topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _selected(x, k, x.dtype)
+
+
+def _fake_ef_sparsify(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _selected(residual, k, reference.compute_dtype(residual))
+
+
+def _fake_dgc_sparsify(
+    grad: Tensor, u: Tensor, v: Tensor, k: int, *, momentum: float, nesterov: bool = False, masking: bool = True
+) -> tuple[Tensor, Tensor]:
+    return _selected(v, k, reference.compute_dtype(v))
+
+
+def _fake_scatter_add(out: Tensor, indices: Tensor, values: Tensor) -> None:
+    return None
+
+
+def _fake_all_finite(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.bool)
+
+
+def _all_finite(x: Tensor) -> Tensor:
+    return torch.tensor(reference.all_finite(x), device=x.device)
+
+
+for _name, _kernel, _fake in (
+    ("topk_abs", reference.topk_abs, _fake_topk_abs),
+    ("ef_sparsify_", reference.ef_sparsify_, _fake_ef_sparsify),
+    ("dgc_sparsify_", reference.dgc_sparsify_, _fake_dgc_sparsify),
+    ("scatter_add_", reference.scatter_add_, _fake_scatter_add),
+    ("all_finite", _all_finite, _fake_all_finite),
+):
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"distopt::{_name}", _fake, lib=LIBRARY)
