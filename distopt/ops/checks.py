@@ -41,7 +41,8 @@ def same_size(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Equal length, equal device."""
     if t.numel() != other.numel():
         raise ConfigError(
-            f"{name} must have as many elements as {other_name} ({other.numel()}), got {t.numel()}; flatten the same parameter"
+            f"{name} must have as many elements as {other_name} ({other.numel()}), got {t.numel()}; "
+            "pass the flat views of one parameter"
         )
     same_device(name, t, other_name, other)
 
@@ -50,7 +51,8 @@ def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Equal device."""
     if t.device != other.device:
         raise ConfigError(
-            f"{name} must be on the device of {other_name} ({other.device}), got {t.device}; move it with .to({other_name}.device)"
+            f"{name} must be on the device of {other_name} ({other.device}), got {t.device}; "
+            f"move it with .to({other_name}.device)"
         )
 
 

@@ -4,20 +4,24 @@ Limits: float64 gradients and states always run on the reference, which is as fa
 differentiable. Under torch.compile overlapping memory is not detected.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from distopt.ops import checks, native, reference
 
-_topk_abs = torch.ops.distopt.topk_abs.default
-_ef_sparsify_ = torch.ops.distopt.ef_sparsify_.default
-_dgc_sparsify_ = torch.ops.distopt.dgc_sparsify_.default
-_scatter_add_ = torch.ops.distopt.scatter_add_.default
-_all_finite = torch.ops.distopt.all_finite.default
+Selection = tuple[Tensor, Tensor]
+
+_topk_abs: Callable[[Tensor, int], Selection] = torch.ops.distopt.topk_abs.default
+_ef_sparsify_: Callable[[Tensor, Tensor, int], Selection] = torch.ops.distopt.ef_sparsify_.default
+_dgc_sparsify_: Callable[..., Selection] = torch.ops.distopt.dgc_sparsify_.default
+_scatter_add_: Callable[[Tensor, Tensor, Tensor], None] = torch.ops.distopt.scatter_add_.default
+_all_finite: Callable[[Tensor], Tensor] = torch.ops.distopt.all_finite.default
 
 
-def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_abs(x: Tensor, k: int) -> Selection:
     """The k entries of largest magnitude, exactly; on ties the lowest index wins, NaN ranks largest.
 
     Args:
@@ -39,7 +43,7 @@ def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _topk_abs(x, k)
 
 
-def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> Selection:
     """Error feedback: `residual += grad`, then take the k entries of largest magnitude out of it.
 
     Args:
@@ -71,7 +75,7 @@ def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor
 
 def dgc_sparsify_(
     grad: Tensor, u: Tensor, v: Tensor, k: int, *, momentum: float, nesterov: bool = False, masking: bool = True
-) -> tuple[Tensor, Tensor]:
+) -> Selection:
     """Momentum correction, exact selection and masking in one pass.
 
     `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), then the k entries of largest |v| are taken out of v
@@ -130,7 +134,8 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     checks.same_size("values", values, "indices", indices)
     checks.same_device("indices", indices, "out", out)
     if is_compiling():
-        return _scatter_add_(out, indices, values)
+        _scatter_add_(out, indices, values)
+        return
     checks.apart("values", values, "out", out)
     if not native.silent:
         native.announce()
@@ -139,7 +144,6 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     except RuntimeError:
         checks.index_range(indices, out.numel())
         raise
-    return None
 
 
 def all_finite(x: Tensor) -> bool:

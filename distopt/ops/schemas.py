@@ -1,7 +1,7 @@
 """Defines the operators `torch.ops.distopt.*`: the one place that holds their schemas.
 
-Each has a fake kernel (shapes and dtypes, for torch.compile) and the reference as its kernel on every device. The native
-library only registers kernels for the CPU on top, so the operators exist, and compile, whether it was built or not.
+Each has a fake kernel (shapes and dtypes, for torch.compile) and the reference as its kernel on every device. The
+native library only registers kernels for the CPU on top: the operators exist, and compile, built or not.
 """
 
 import torch
