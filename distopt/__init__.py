@@ -1,0 +1,38 @@
+"""distopt: train over a slow, uneven or unreliable network as if it were a fast one.
+
+A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add one line::
+
+    distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
+"""
+
+from distopt import checkpoint, ddp, ops
+from distopt.config import from_config
+from distopt.ddp import DGC, Dense, TopK
+from distopt.errors import (
+    CompatibilityError,
+    ConfigError,
+    DecodeError,
+    DesyncError,
+    DistoptError,
+    NonFiniteGradientError,
+    StateMismatchError,
+)
+from distopt.version import __version__
+
+__all__ = [
+    "DGC",
+    "CompatibilityError",
+    "ConfigError",
+    "DecodeError",
+    "Dense",
+    "DesyncError",
+    "DistoptError",
+    "NonFiniteGradientError",
+    "StateMismatchError",
+    "TopK",
+    "__version__",
+    "checkpoint",
+    "ddp",
+    "from_config",
+    "ops",
+]

@@ -1,0 +1,128 @@
+"""One checkpoint file per rank, with a manifest that says what is in it and whether it arrived whole.
+
+The files of a checkpoint lie in one directory that every rank can read. They are written beside their final name and
+renamed, so a crash leaves the old file. Nothing is unpickled on load but tensors and plain values.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from distopt.errors import StateMismatchError
+
+_FORMAT = 1
+
+
+class Stateful(Protocol):
+    """What can be saved: an attachment."""
+
+    process_group: dist.ProcessGroup
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes back the states of one or more ranks."""
+
+
+def save(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
+    """Writes this rank's state. Every rank must call it; it does not wait for the others.
+
+    Args:
+        attachment: What `attach` returned.
+        directory: Made if it does not exist; files of an earlier save with as many ranks are replaced.
+    """
+    rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _stem(rank, num_ranks)
+    state = attachment.state_dict()
+    temporary = folder / f"{stem}.tmp"
+    torch.save(state, temporary)
+    digest = _digest(temporary)
+    path = temporary.rename(folder / f"{stem}-{digest[:12]}.pt")
+    manifest = {
+        "format": _FORMAT,
+        "rank": rank,
+        "num_ranks": num_ranks,
+        "step": state["step"],
+        "file": path.name,
+        "sha256": digest,
+    }
+    temporary.write_text(json.dumps(manifest))
+    temporary.replace(folder / f"{stem}.json")  # from here on the new file counts, and the old one does not
+    for old in folder.glob(f"{stem}-*.pt"):
+        if old != path:
+            old.unlink()
+
+
+def load(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
+    """Takes a checkpoint back, also one of another number of ranks. Every rank must call it.
+
+    Raises:
+        StateMismatchError: A file is missing or damaged, or belongs to another model, algorithm or step.
+    """
+    rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
+    folder = Path(directory)
+    manifests = _manifests(folder)
+    # Deal the old ranks out; a rank that gets none brings a copy of one, which does not count twice.
+    mine = [rank] if len(manifests) == num_ranks else list(range(rank, len(manifests), num_ranks)) or [0]
+    loaded = [_read(folder, manifests[old]) for old in mine]
+    merged = dict(loaded[0])
+    merged["ranks"] = {old: memories for state in loaded for old, memories in state["ranks"].items()}
+    attachment.load_state_dict(merged)
+
+
+def _stem(rank: int, num_ranks: int) -> str:
+    return f"distopt-{rank:05d}-of-{num_ranks:05d}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifests(folder: Path) -> list[dict[str, Any]]:
+    """The manifests of all ranks, in rank order, checked to be of one checkpoint."""
+    manifests = []
+    for path in sorted(folder.glob("distopt-*-of-*.json")):
+        try:
+            manifest = json.loads(path.read_text())
+            manifests.append({key: manifest[key] for key in ("rank", "num_ranks", "step", "file", "sha256")})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    sizes = sorted({manifest["num_ranks"] for manifest in manifests})
+    if len(sizes) != 1 or [manifest["rank"] for manifest in manifests] != list(range(sizes[0])):
+        found = ", ".join(f"{manifest['rank']} of {manifest['num_ranks']}" for manifest in manifests) or "none"
+        raise StateMismatchError(
+            f"a checkpoint directory must hold the file of every rank, got {found} in {folder}; save each checkpoint "
+            "into a directory of its own"
+        )
+    steps = sorted({manifest["step"] for manifest in manifests})
+    if len(steps) != 1:
+        raise StateMismatchError(
+            f"the files of a checkpoint must be of one step, got steps {steps} in {folder}; the last save was cut off: "
+            "use an earlier checkpoint"
+        )
+    return manifests
+
+
+def _read(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / manifest["file"]
+    try:
+        if _digest(path) != manifest["sha256"]:
+            raise _damaged(path, "another digest than in its manifest")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    return state
+
+
+def _damaged(path: Path, found: str) -> StateMismatchError:
+    return StateMismatchError(f"a checkpoint file must be whole, got {found} for {path}; use an earlier checkpoint")

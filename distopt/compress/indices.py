@@ -1,0 +1,87 @@
+"""Formats for the positions of sent entries. Every format has a fixed size, known from (numel, count) alone.
+
+`int32` is the plain position. `block16` cuts the tensor into blocks of 65,536 entries and sends how many entries lie in
+each block and, per entry, its 16-bit offset there: half the bytes, nothing lost.
+
+Limits: positions are ascending; numel is at most 2**31 - 1.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from distopt.errors import DecodeError
+
+
+class IndexFormat(ABC):
+    """Contract: `decode(encode(indices, numel), numel) == indices`, in exactly `sections(numel, count)` entries."""
+
+    @abstractmethod
+    def sections(self, numel: int, count: int) -> tuple[tuple[torch.dtype, int], ...]:
+        """Dtype and length of each tensor that `encode` makes."""
+
+    @abstractmethod
+    def encode(self, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
+        """The sections for ascending int32 indices, shape (count,), each in [0, numel)."""
+
+    @abstractmethod
+    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+        """The int32 indices, shape (count,). Raises `DecodeError` if the sections contradict each other."""
+
+    def nbytes(self, numel: int, count: int) -> int:
+        """Bytes that `count` positions in a tensor of `numel` entries take."""
+        return sum(dtype.itemsize * length for dtype, length in self.sections(numel, count))
+
+
+class Int32(IndexFormat):
+    """Four bytes per position."""
+
+    def sections(self, numel: int, count: int) -> tuple[tuple[torch.dtype, int], ...]:
+        """See `IndexFormat.sections`."""
+        return ((torch.int32, count),)
+
+    def encode(self, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
+        """See `IndexFormat.encode`."""
+        return (indices,)
+
+    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+        """See `IndexFormat.decode`."""
+        return sections[0]
+
+
+class Block16(IndexFormat):
+    """Two bytes per position and two or four per block of 65,536 entries."""
+
+    BLOCK = 1 << 16
+
+    def sections(self, numel: int, count: int) -> tuple[tuple[torch.dtype, int], ...]:
+        """See `IndexFormat.sections`."""
+        blocks = -(-numel // self.BLOCK)
+        # A block's number of entries fits 16 bits unless that many entries are sent at all.
+        counts_dtype = torch.int16 if count < self.BLOCK else torch.int32
+        return ((counts_dtype, blocks), (torch.int16, count))
+
+    def encode(self, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
+        """See `IndexFormat.encode`."""
+        (counts_dtype, blocks), (offset_dtype, _) = self.sections(numel, indices.numel())
+        counts = torch.bincount(indices >> 16, minlength=blocks)
+        return counts.to(counts_dtype), (indices & 0xFFFF).to(offset_dtype)
+
+    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+        """See `IndexFormat.decode`."""
+        counts, offsets = sections
+        if counts.dtype == torch.int16:  # torch has no 16-bit unsigned arithmetic: undo the sign
+            counts = counts.to(torch.int32) & 0xFFFF
+        total = int(counts.sum())
+        if total != offsets.numel() or bool((counts < 0).any()):
+            raise DecodeError(
+                f"the blocks announce {total} entries and {offsets.numel()} arrived; the payload was damaged or was "
+                "encoded with other settings"
+            )
+        block_starts = torch.arange(counts.numel(), dtype=torch.int32, device=counts.device) << 16
+        starts = torch.repeat_interleave(block_starts, counts, output_size=offsets.numel())
+        return starts | (offsets.to(torch.int32) & 0xFFFF)
+
+
+INDEX_FORMATS: dict[str, IndexFormat] = {"int32": Int32(), "block16": Block16()}

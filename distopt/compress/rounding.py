@@ -1,0 +1,27 @@
+"""Rounding of values for the wire, with the rounding error handed back so that nobody throws it away.
+
+A 16-bit value saturates at the format's largest finite number instead of becoming infinite: what was cut off is part
+of the error and stays with the sender.
+"""
+
+import torch
+from torch import Tensor
+
+WIRE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def round_to_wire(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values as they travel, and what the receiver will not see.
+
+    Args:
+        values: Any shape, floating point.
+        dtype: The dtype on the wire.
+
+    Returns:
+        The values in `dtype`, and `values - sent` in the dtype of values, or None if nothing is lost.
+    """
+    if torch.finfo(dtype).bits >= torch.finfo(values.dtype).bits:
+        return values.to(dtype), None
+    largest = torch.finfo(dtype).max
+    sent = values.clamp(-largest, largest).to(dtype)
+    return sent, values - sent.to(values.dtype)

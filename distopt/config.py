@@ -1,0 +1,122 @@
+"""The configuration is the algorithm: frozen dataclasses that check themselves, and their form as plain JSON.
+
+An algorithm is written `{"algorithm": "dgc", "density": 0.001}`, a part of it (a warm-up, say) with a tag of its own:
+`{"schedule": "paper", "steps_per_stage": 500}`. Unknown names and keys are errors that list the known ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from distopt.errors import ConfigError
+
+
+class Configurable:
+    """A dataclass that can be written as a mapping `{tag: name, field: value, ...}` and made from one.
+
+    A direct subclass is a kind of thing (`tag` names the key it is chosen by); the subclasses below it register
+    themselves under the name given in their class statement: `class DGC(Algorithm, name="dgc")`.
+    """
+
+    tag: ClassVar[str]
+    name: ClassVar[str]
+    _known: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, *, tag: str | None = None, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if tag is not None:
+            cls.tag = tag
+            cls._known = {}
+        if name is not None:
+            cls.name = name
+            cls._known[name] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """This configuration as plain values that JSON and TOML can hold; `from_dict` makes an equal object of it."""
+        plain: dict[str, Any] = {self.tag: self.name}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            plain[field.name] = _to_plain(getattr(self, field.name))
+        return plain
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
+        """The object that `mapping` describes.
+
+        Raises:
+            ConfigError: The tag is missing, its name is unknown, a key is unknown or a value breaks its rule.
+        """
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"a configuration must be a mapping with the key {cls.tag!r}, got {mapping!r}")
+        rest = dict(mapping)
+        name = rest.pop(cls.tag, None)
+        if name not in cls._known:
+            known = ", ".join(sorted(cls._known))
+            raise ConfigError(f"{cls.tag!r} must be one of {known}, got {name!r}; add it to the configuration")
+        made = cls._known[name]
+        fields = {field.name: field for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+        if unknown := sorted(str(key) for key in rest if key not in fields):
+            raise ConfigError(
+                f"unknown key {', '.join(map(repr, unknown))} for {cls.tag} {name!r}; known keys are "
+                f"{', '.join(fields)}"
+            )
+        try:
+            return made(**{key: _from_plain(value, fields[key]) for key, value in rest.items()})
+        except TypeError as error:  # a field without a default is missing
+            raise ConfigError(f"{cls.tag} {name!r}: {error}; add the missing key") from error
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Configurable):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+
+
+def _from_plain(value: Any, field: dataclasses.Field[Any]) -> Any:
+    kind: type[Configurable] | None = field.metadata.get("configurable")
+    if kind is not None and isinstance(value, Mapping):
+        return kind.from_dict(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_number(
+    field: str, value: object, *, rule: str, remedy: str, low: float, high: float, low_allowed: bool = False
+) -> None:
+    """Raises `ConfigError` unless value is a finite number (not a bool) in (low, high], or [low, high] if allowed."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if valid:
+        assert isinstance(value, int | float)
+        valid = (low <= value if low_allowed else low < value) and value <= high
+    if not valid:
+        raise ConfigError(f"{field} must be {rule}, got {value!r}; {remedy}")
+
+
+def check_density(field: str, value: object) -> None:
+    """Raises `ConfigError` unless value is a fraction of entries to send, in (0, 1]."""
+    remedy = "use 0.001 to send 0.1% of the gradient"
+    check_number(field, value, rule="a number in (0, 1]", remedy=remedy, low=0.0, high=1.0)
+
+
+def check_count(field: str, value: object, *, low: int, remedy: str) -> None:
+    """Raises `ConfigError` unless value is an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}; {remedy}")
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises `ConfigError` unless value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class Algorithm(Configurable, tag="algorithm"):
+    """Base of the configurations that users attach: what `distopt.from_config` makes."""
+
+
+def from_config(mapping: Mapping[str, Any]) -> Algorithm:
+    """The algorithm that a JSON, TOML or DeepSpeed block describes: `{"algorithm": "dgc", "density": 0.001}`.
+
+    Raises:
+        ConfigError: The algorithm or a key is unknown, or a value breaks its rule.
+    """
+    return Algorithm.from_dict(mapping)

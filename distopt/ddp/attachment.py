@@ -1,0 +1,272 @@
+"""An algorithm at work on one model: what `attach` returns, and what `detach` undoes."""
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distopt import ops
+from distopt.comm import all_reduce_sum
+from distopt.ddp import state as states
+from distopt.ddp.compatibility import agree, fingerprint, synchronised_parameters, unwrap_ddp
+from distopt.ddp.decay import DecayMomentum
+from distopt.ddp.hook import CommHook, LossScale, StepPolicy
+from distopt.ddp.join import keep_decay_in_step
+from distopt.ddp.memory import Memory, MomentumCorrection, NoMemory
+from distopt.ddp.parameters import TrackedParameter, flat_like, shaped_like
+from distopt.ddp.registration import existing_slot, fill_slot
+from distopt.ddp.takeover import Hyperparameters, Takeover
+from distopt.ddp.unused import UsageTracker
+from distopt.errors import DistoptError
+
+_log = logging.getLogger("distopt")
+
+
+class Attachable(Protocol):
+    """What an attachment asks of an algorithm; see `distopt.ddp.algorithm.DDPAlgorithm`."""
+
+    name: ClassVar[str]
+    corrects_momentum: bool
+
+    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def step_policy(self, *, tracks_usage: bool) -> StepPolicy: ...  # noqa: D102
+    def densities_for(self, parameters: Mapping[str, Tensor]) -> dict[str, float | None]: ...  # noqa: D102
+    def memory_for(self, parameter: Tensor, whole: bool, hyperparameters: Hyperparameters) -> Memory: ...  # noqa: D102
+    def decays_locally(self) -> bool: ...  # noqa: D102
+
+
+class Attachment:
+    """Made by `DGC(...).attach(model, optimizer)`; see there for arguments and errors. Also a context manager.
+
+    Attributes:
+        algorithm: The configuration at work.
+        process_group: The ranks it exchanges with.
+    """
+
+    def __init__(
+        self,
+        algorithm: Attachable,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: LossScale | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        ddp = unwrap_ddp(model)
+        self.algorithm = algorithm
+        self.process_group = process_group or ddp.process_group
+        self._optimizer = optimizer
+        self._scaled = scaler is not None and getattr(scaler, "is_enabled", lambda: True)()
+        device = next(ddp.module.parameters()).device
+
+        problem: DistoptError | None = None
+        own = None
+        parameters: dict[str, Tensor] = {}
+        densities: dict[str, float | None] = {}
+        self._takeover: Takeover | None = None
+        try:
+            existing_slot(ddp)
+            parameters = synchronised_parameters(ddp)
+            if algorithm.corrects_momentum:
+                self._takeover = Takeover(optimizer, {id(p): name for name, p in parameters.items()})
+            densities = algorithm.densities_for(parameters)
+            own = fingerprint(algorithm.to_dict(), parameters, self._takeover.describe() if self._takeover else "")
+        except DistoptError as error:
+            problem = error
+        agree(own, problem, self.process_group, device)
+
+        tracks_usage = bool(ddp.find_unused_parameters or ddp.static_graph)
+        self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
+        self._tracked = self._track(parameters, densities)
+        self._hook = CommHook(
+            self._tracked,
+            algorithm.step_policy(tracks_usage=tracks_usage),
+            self.process_group,
+            scale=scaler if self._scaled else None,
+            usage=self._usage,
+        )
+        self._slot = fill_slot(ddp, self.process_group, self._hook)
+        self._take_momentum_over()
+        self._undo_join = keep_decay_in_step(ddp, self.process_group, self._tracked)
+        self._step_handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._attached = True
+        self._announce(device)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers since attach, of this rank, without a collective; under "last" those of the latest step.
+
+        `bytes_sent` is what this rank encoded (values, indices, headers, dense parts), `bytes_dense` the same gradient
+        in fp32; `link_bytes_sent` and `link_bytes_dense` are what the collectives put on the link, which depends on the
+        number of ranks. Seconds are of this process: selecting (with encoding), communicating (from the first launch to
+        the last arrival, mostly behind the backward pass) and decoding. See docs/ddp.md for every key.
+        """
+        sparse = [entry for entry in self._tracked if entry.density is not None]
+        return {
+            **self._hook.statistics.report(),
+            "algorithm": self.algorithm.name,
+            "backend": ops.backend(),
+            "overlap": not self._hook.deferred,
+            "paused": self._hook.sends_whole,
+            "world_size": self.process_group.size(),
+            "densities": sorted({self._hook.density_of(entry) for entry in self._tracked}),
+            "entries_compressed": sum(entry.parameter.numel() for entry in sparse),
+            "entries_sent_whole": sum(e.parameter.numel() for e in self._tracked if e.density is None),
+            "state_bytes": self._state_bytes(),
+            "taken_over": self._takeover.describe() if self._takeover else "",
+        }
+
+    def pause(self) -> None:
+        """The off switch: from the next step on everything is sent whole. Call it on every rank in the same step.
+
+        The first such step also sends all that was held back, so nothing is lost; from then on training is that of
+        the plain optimizer with momentum.
+        """
+        self._hook.sends_whole = True
+        _log.info("paused: the next step sends what was held back, then every gradient whole")
+
+    def resume(self) -> None:
+        """Compresses again from the next step on. Call it on every rank in the same step."""
+        self._hook.sends_whole = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state; every rank must save its own. Tensors are shared: save or copy before the next step.
+
+        Follows the `Stateful` protocol of torch.distributed.checkpoint; per-rank entries are keyed by rank.
+        """
+        return {
+            "format": states.FORMAT,
+            "algorithm": self.algorithm.name,
+            "world_size": self.process_group.size(),
+            "step": self._hook.step,
+            **states.collect(self._tracked, self.process_group.rank()),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state back. With the number of ranks it was saved on each rank loads its own, without a collective.
+
+        With another number it is a collective: each rank brings any of the old states (`distopt.checkpoint.load`
+        deals them out), and what they hold is redistributed.
+
+        Raises:
+            StateMismatchError: The state is of another model, algorithm, momentum or rank.
+        """
+        states.check(state_dict, self._tracked, self.algorithm.name)
+        if state_dict["world_size"] == self.process_group.size():
+            states.restore_own(state_dict, self._tracked, self.process_group.rank())
+        else:
+            device = self._tracked[0].parameter.device
+            states.redistribute(state_dict, self._tracked, self.process_group, device)
+        self._hook.step = int(state_dict["step"])
+
+    def detach(self) -> None:
+        """Gives everything back: momentum and weight decay to the optimizer, plain averaging to DDP. Collective.
+
+        The optimizer's momentum buffers become the rank average of u with the decay momentum. What was held back in v
+        is dropped; to apply it first, take one step after `pause()`.
+        """
+        if self._attached:
+            self._release(self._averaged_momentum() if self._takeover else {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.detach()
+        elif self._attached:  # the other ranks may not be on their way here: no collective
+            self._release({})
+
+    def _track(self, parameters: Mapping[str, Tensor], densities: Mapping[str, float | None]) -> list[TrackedParameter]:
+        optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        tracked = []
+        for name, parameter in parameters.items():
+            if id(parameter) not in optimized:  # somebody else's: DDP's average, unchanged
+                tracked.append(TrackedParameter(name=name, parameter=parameter, memory=NoMemory()))
+                continue
+            hyper = self._takeover.hyperparameters[id(parameter)] if self._takeover else Hyperparameters()
+            local = self.algorithm.decays_locally()
+            decay = None
+            if hyper.weight_decay and not local:
+                decay = DecayMomentum(parameter, hyper.weight_decay, hyper.momentum, hyper.nesterov)
+            density = densities[name]
+            tracked.append(
+                TrackedParameter(
+                    name=name,
+                    parameter=parameter,
+                    memory=self.algorithm.memory_for(parameter, density is None, hyper),
+                    decay=decay,
+                    density=density,
+                    local_decay=hyper.weight_decay if local else 0.0,
+                )
+            )
+        return tracked
+
+    def _take_momentum_over(self) -> None:
+        if self._takeover is None:
+            return
+        buffers = self._takeover.take()
+        for entry in self._tracked:
+            buffer = buffers.get(id(entry.parameter))
+            if buffer is not None and isinstance(entry.memory, MomentumCorrection):
+                flat = flat_like(buffer, entry.parameter, entry.memory.u.dtype)
+                entry.memory.u.copy_(flat * entry.memory.momentum if entry.memory.nesterov else flat)
+
+    def _averaged_momentum(self) -> dict[int, Tensor]:
+        """The momentum buffers that plain SGD would go on with, by parameter id."""
+        buffers = {}
+        for entry in self._tracked:
+            if not isinstance(entry.memory, MomentumCorrection):
+                continue
+            mean = entry.memory.u.to(torch.promote_types(entry.parameter.dtype, torch.float32))
+            if entry.memory.per_rank_velocity:
+                mean = mean / self.process_group.size()
+                all_reduce_sum(mean, self.process_group).wait()
+            if entry.decay is not None:
+                mean = mean + entry.decay.buffer
+            if entry.memory.nesterov:  # our u is m times torch's buffer
+                mean = mean / entry.memory.momentum
+            buffer = torch.empty_like(entry.parameter)
+            buffers[id(entry.parameter)] = buffer.copy_(shaped_like(mean, entry.parameter))
+        return buffers
+
+    def _release(self, buffers: Mapping[int, Tensor]) -> None:
+        self._attached = False
+        self._step_handle.remove()
+        self._slot.hook = None
+        self._undo_join()
+        if self._usage is not None:
+            self._usage.close()
+        if self._takeover is not None:
+            self._takeover.give_back(buffers)
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Where errors of the exchange reach the user, and where a step left out is kept from the optimizer."""
+        failure = self._hook.take_failure()
+        if failure is not None:
+            raise failure
+        if self._takeover is not None:
+            self._takeover.check_still_taken()
+        if self._hook.left_out and not self._scaled:
+            for entry in self._tracked:
+                entry.parameter.grad = None  # optimizers pass over parameters without a gradient
+
+    def _state_bytes(self) -> int:
+        tensors = [tensor for entry in self._tracked for tensor in entry.memory.tensors().values()]
+        tensors += [entry.decay.buffer for entry in self._tracked if entry.decay is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _announce(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            _log.warning(
+                "the model is on %s and distopt has no kernels for it: selection uses torch's own operations",
+                device.type,
+            )
+        if self.process_group.rank() == 0:
+            taken = f"; took over {self._takeover.describe()}, now 0 in the optimizer" if self._takeover else ""
+            _log.info("attached %s to %d parameters%s", self.algorithm.to_dict(), len(self._tracked), taken)

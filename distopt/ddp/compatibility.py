@@ -1,0 +1,114 @@
+"""What can be checked at attach: whether this model, host and set of ranks can carry the algorithm at all."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distopt.comm import gather_json
+from distopt.errors import CompatibilityError, DesyncError, DistoptError
+from distopt.version import __version__
+
+
+def unwrap_ddp(model: nn.Module) -> DistributedDataParallel:
+    """The DDP object in `model`, which may be compiled.
+
+    Raises:
+        CompatibilityError: There is none, or no process group.
+    """
+    ddp = getattr(model, "_orig_mod", model)
+    if not isinstance(ddp, DistributedDataParallel):
+        raise CompatibilityError(
+            f"attach needs a DistributedDataParallel model, got {type(ddp).__name__}; call "
+            "torch.distributed.init_process_group and wrap it first: DistributedDataParallel(model)"
+        )
+    if not dist.is_initialized():
+        raise CompatibilityError(
+            "attach needs a process group, got none; call torch.distributed.init_process_group first, under torchrun"
+        )
+    return ddp
+
+
+def synchronised_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
+    """The parameters whose gradients DDP synchronises, by their name in the wrapped module (each once if tied).
+
+    Raises:
+        CompatibilityError: A gradient would be sparse or complex, or the host does not call hooks properly.
+    """
+    if getattr(ddp, "_use_python_reducer", False):
+        raise CompatibilityError(
+            'a communication hook needs DDP\'s own reducer, got torch._dynamo.config.optimize_ddp = "python_reducer", '
+            "which ignores what hooks return; set it to True (the default) before wrapping the model"
+        )
+    for name, module in ddp.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise CompatibilityError(
+                f"gradients must be dense, got sparse=True in the embedding {name!r}; set sparse=False (top-k "
+                "compression already sends few of its entries)"
+            )
+    parameters = {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in ddp.module.named_parameters()
+        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+    }
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise CompatibilityError(
+                f"parameters must be floating point, got {parameter.dtype} for {name!r}; freeze it or keep real and "
+                "imaginary parts apart"
+            )
+    return parameters
+
+
+def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor], taken_over: str) -> dict[str, Any]:
+    """What must be the same on every rank, in words that an error can quote."""
+    shapes = repr([(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()])
+    return {
+        "distopt version": __version__,
+        "configuration": dict(config),
+        "optimizer settings": taken_over,
+        "model": f"{len(parameters)} parameters, digest {hashlib.sha256(shapes.encode()).hexdigest()[:12]}",
+    }
+
+
+def agree(
+    own: Mapping[str, Any] | None, problem: DistoptError | None, group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Compares fingerprints; if one has a problem all raise, so that none waits for the others. Collective.
+
+    Args:
+        own: This rank's fingerprint, or None with a problem.
+        problem: Why this rank cannot attach.
+        group: The ranks.
+        device: Where the group's backend wants its tensors.
+
+    Raises:
+        DistoptError: The problem of this rank.
+        CompatibilityError: The problem of another rank.
+        DesyncError: Two ranks differ; names both.
+    """
+    facts = gather_json({"own": own, "problem": str(problem) if problem else None}, group, device)
+    if problem is not None:
+        raise problem
+    for rank, fact in enumerate(facts):
+        if fact["problem"] is not None:
+            raise CompatibilityError(f"rank {rank} cannot attach: {fact['problem']}")
+    first = facts[0]["own"]
+    for rank, fact in enumerate(facts):
+        for key, value in first.items():
+            if fact["own"][key] != value:
+                raise DesyncError(
+                    f"every rank must attach with the same {key}, got {_shown(value, fact['own'][key])} on rank 0 and "
+                    f"{_shown(fact['own'][key], value)} on rank {rank}; start all ranks from the same code and settings"
+                )
+
+
+def _shown(value: Any, other: Any) -> str:
+    """The value, or of a mapping only what differs from the other."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {key: item for key, item in value.items() if other.get(key) != item}
+    return repr(value)

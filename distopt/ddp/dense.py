@@ -1,0 +1,40 @@
+"""Plain averaging through the same hook: the control that the others are measured against.
+
+Does what DDP does without a hook, to the bit, and counts bytes and seconds in the same `stats()`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from distopt.compress import INDEX_FORMATS
+from distopt.ddp.algorithm import DDPAlgorithm
+from distopt.ddp.hook import StepPolicy
+from distopt.ddp.memory import Memory, NoMemory
+from distopt.ddp.plan import WirePolicy
+from distopt.ddp.takeover import Hyperparameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense(DDPAlgorithm, name="dense"):
+    """Average every gradient whole. NaN and Inf pass through, as in DDP."""
+
+    def step_policy(self, *, tracks_usage: bool) -> StepPolicy:
+        """See `DDPAlgorithm.step_policy`."""
+        wire = WirePolicy(
+            value_dtype=None,
+            index_format=INDEX_FORMATS["int32"],
+            choice="dense",
+            with_status=False,
+            with_used_flags=False,
+        )
+        return StepPolicy(warmup=None, clip=None, nonfinite="ignore", wire=wire)
+
+    def densities_for(self, parameters: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """See `DDPAlgorithm.densities_for`."""
+        return dict.fromkeys(parameters)
+
+    def memory_for(self, parameter: Tensor, whole: bool, hyperparameters: Hyperparameters) -> Memory:
+        """See `DDPAlgorithm.memory_for`."""
+        return NoMemory()

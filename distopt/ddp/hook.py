@@ -1,0 +1,246 @@
+"""The communication hook: orders the buckets of a step and decides when, and whether, they are exchanged.
+
+Two modes. *Streaming*: each bucket is compressed and sent as soon as DDP hands it over, behind the rest of the backward
+pass. *Deferred*: what needs the whole gradient before anything may change (local clipping, leaving out non-finite
+steps, a GradScaler) waits for the last bucket; nothing overlaps then, and `stats()["overlap"]` says so.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from distopt.compress import Header
+from distopt.ddp.bucket import Bucket
+from distopt.ddp.exchange import Exchange
+from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
+from distopt.ddp.parameters import TrackedParameter
+from distopt.ddp.plan import BucketPlan, WirePolicy, plan_bucket
+from distopt.ddp.schedule import Schedule
+from distopt.ddp.statistics import Statistics
+from distopt.ddp.unused import UsageTracker
+from distopt.errors import CompatibilityError, DistoptError
+
+_log = logging.getLogger("distopt")
+
+
+class LossScale(Protocol):
+    """The part of `torch.amp.GradScaler` that the hook needs."""
+
+    def get_scale(self) -> float:
+        """The factor that the loss, and so every gradient, is multiplied by."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPolicy:
+    """What is done with a whole step.
+
+    Attributes:
+        warmup: Density by step; None for the final density from the start.
+        clip: Threshold of local gradient clipping, or None.
+        nonfinite: "error", "skip" or "ignore".
+        wire: How entries travel.
+    """
+
+    warmup: Schedule | None
+    clip: float | None
+    nonfinite: str
+    wire: WirePolicy
+
+
+class CommHook:
+    """Feed it every bucket of every step, in order, on every rank of the group.
+
+    Args:
+        tracked: All parameters that can occur in a bucket, in an order that all ranks share.
+        policy: What is done with a step.
+        group: The ranks.
+        scale: The loss scale in use, or None.
+        usage: Watches which parameters take part; None if all always do.
+
+    Attributes:
+        step: Completed steps; warm-up counts in these.
+        sends_whole: While true, every parameter is sent whole (the off switch).
+        left_out: The latest step was left out on all ranks because a gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        tracked: list[TrackedParameter],
+        policy: StepPolicy,
+        group: dist.ProcessGroup,
+        *,
+        scale: LossScale | None = None,
+        usage: UsageTracker | None = None,
+    ) -> None:
+        self.statistics = Statistics()
+        self.step = 0
+        self.sends_whole = False
+        self.left_out = False
+        self.deferred = scale is not None or policy.clip is not None or policy.nonfinite == "skip"
+        self._policy = policy
+        self._group = group
+        self._scale = scale
+        self._usage = usage
+        self._exchange = Exchange(group, self.statistics)
+        self._tracked: Mapping[int, TrackedParameter] = {id(entry.parameter): entry for entry in tracked}
+        self._names = [entry.name for entry in tracked]
+        self._order = {entry.name: i for i, entry in enumerate(tracked)}
+        self._plans: dict[tuple[object, ...], BucketPlan] = {}
+        self._waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]] = []
+        self._lock = threading.Lock()
+        self._open_buckets = 0
+        self._saw_last = False
+
+    def __call__(self, bucket: Bucket) -> Future[Tensor]:
+        """Takes one bucket of local gradients; the future holds its buffer with the update.
+
+        Raises:
+            CompatibilityError: The host hands over something that is not a bucket, or a parameter never seen.
+        """
+        plan = self._plan(bucket)
+        self.left_out = False
+        with self._lock:
+            self._open_buckets += 1
+            self._saw_last = bucket.is_last()
+        if not self.deferred:
+            bad = first_nonfinite(bucket) if self._policy.nonfinite == "error" else None
+            return self._send(bucket, plan, nonfinite=0 if bad is None else bad + 1)
+        future: Future[Tensor] = Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
+        self._waiting.append((bucket, plan, future))
+        if bucket.is_last():
+            waiting, self._waiting = self._waiting, []
+            self._run_deferred(waiting)
+        return future
+
+    def density_of(self, entry: TrackedParameter) -> float:
+        """The density of a parameter in the step under way; 1.0 sends it whole."""
+        if entry.density is None or self.sends_whole:
+            return 1.0
+        if self._policy.warmup is None:
+            return entry.density
+        return self._policy.warmup.density_at(self.step, entry.density)
+
+    def take_failure(self) -> DistoptError | None:
+        """What went wrong in the latest step, once: the error to raise where the user can catch it."""
+        failure, self._exchange.failure = self._exchange.failure, None
+        reports, self._exchange.nonfinite = self._exchange.nonfinite, []
+        if failure is None and reports:
+            failure = nonfinite_error(dict.fromkeys(reports))
+        return failure
+
+    def _plan(self, bucket: Bucket) -> BucketPlan:
+        try:
+            parameters, dtype = bucket.parameters(), bucket.buffer().dtype
+            entries = [self._tracked[id(parameter)] for parameter in parameters]
+        except AttributeError as error:
+            raise CompatibilityError(
+                f"a communication hook must be given a gradient bucket, got {type(bucket).__name__}; "
+                'torch._dynamo.config.optimize_ddp = "python_reducer" does not give one: set it to True'
+            ) from error
+        except KeyError as error:
+            raise CompatibilityError(
+                "a bucket holds a parameter that the model did not have at attach; detach and attach again after "
+                "changing the model"
+            ) from error
+        densities = tuple(self.density_of(entry) for entry in entries)
+        held_back = tuple(entry.memory.holds_back for entry in entries)
+        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, held_back)
+        if key not in self._plans:
+            if len(self._plans) > 64 + 4 * len(
+                self._tracked
+            ):  # warm-up stages and rebuilt buckets leave old ones behind
+                self._plans.clear()
+            self._plans[key] = plan_bucket(entries, dtype, self.density_of, self._policy.wire, self._group.size())
+        return self._plans[key]
+
+    def _send(self, bucket: Bucket, plan: BucketPlan, *, nonfinite: int = 0) -> Future[Tensor]:
+        unused: frozenset[int] = frozenset()
+        if self._usage is not None:
+            unused = frozenset(
+                i for i, slot in enumerate(plan.slots) if not self._usage.was_used(slot.tracked.parameter)
+            )
+        used = tuple(i not in unused for i in range(plan.layout.num_flags)) if plan.layout else ()
+        for slot, gradient in zip(plan.slots, bucket.gradients(), strict=True):
+            if slot.tracked.local_decay and not nonfinite:
+                gradient.add_(slot.tracked.parameter.detach(), alpha=slot.tracked.local_decay)
+        header = Header(step=self.step, nonfinite=nonfinite, used=used)
+        return self._exchange.start(bucket, plan, header, unused=unused).then(self._bucket_done)
+
+    def _bucket_done(self, future: Future[Tensor]) -> Tensor:
+        with self._lock:
+            self._open_buckets -= 1
+            completed = self._saw_last and self._open_buckets == 0
+        if completed:
+            self._end_step(skipped=bool(self._exchange.failure or self._exchange.nonfinite))
+        return future.value()
+
+    def _end_step(self, *, skipped: bool) -> None:
+        self._saw_last = False
+        if self._usage is not None:
+            self._usage.clear()
+        self.step += not skipped
+        self.statistics.end_step(skipped=skipped)
+
+    def _run_deferred(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]]) -> None:
+        if self._policy.nonfinite != "ignore" and self._leave_out_if_nonfinite(waiting):
+            return
+        scale = self._scale.get_scale() if self._scale is not None else 1.0
+        factor = self._clip_factor(waiting, scale) / scale
+        for bucket, plan, future in waiting:
+            if factor != 1.0:
+                bucket.buffer().mul_(factor)
+            self._send(bucket, plan).then(_hand_on(future, scale))
+
+    def _leave_out_if_nonfinite(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]]) -> bool:
+        """Asks all ranks whether their whole gradient is finite; if not, ends the step with nothing changed."""
+        first = None
+        for bucket, plan, _ in waiting:
+            position = first_nonfinite(bucket)
+            if position is not None:
+                first = self._order[plan.slots[position].tracked.name]
+                break
+        reports = agree_on_nonfinite(first, self._names, self._group, waiting[0][0].buffer().device)
+        if not reports:
+            return False
+        self.left_out = True
+        if self._scale is None and self._policy.nonfinite == "error":
+            self._exchange.nonfinite = reports
+        elif self._scale is None:
+            _log.warning("step %d is left out: NaN or Inf in %s", self.step, describe(reports))
+        with self._lock:
+            self._open_buckets = 0
+        self._end_step(skipped=True)
+        for bucket, _, future in waiting:
+            # GradScaler looks for inf in p.grad: every rank must find it, so that all of them skip and rescale.
+            future.set_result(bucket.buffer().fill_(torch.inf if self._scale is not None else 0.0))
+        return True
+
+    def _clip_factor(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]], scale: float) -> float:
+        """Local gradient clipping: `min(1, threshold N^-1/2 / ||g||)` over the whole gradient (DGC, section 3.2)."""
+        if self._policy.clip is None:
+            return 1.0
+        norms = [torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float32) for bucket, _, _ in waiting]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms))) / scale
+        threshold = self._policy.clip * self._group.size() ** -0.5
+        return float(min(1.0, threshold / (norm + 1e-6)))
+
+
+def _hand_on(outer: Future[Tensor], scale: float) -> Callable[[Future[Tensor]], None]:
+    """A callback that completes `outer` with the update, in scaled units where a loss scale is in use."""
+
+    def done(inner: Future[Tensor]) -> None:
+        try:
+            update = inner.value()
+        except Exception as error:
+            outer.set_exception(error)  # type: ignore[arg-type]  # torch annotates it as a tensor
+            return
+        outer.set_result(update.mul_(scale) if scale != 1.0 else update)
+
+    return done

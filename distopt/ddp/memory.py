@@ -1,0 +1,203 @@
+"""What one rank remembers of one parameter between steps: the part of its gradients that it has not sent yet.
+
+A memory sees flat gradients of one parameter and knows nothing of ranks, buckets or wires. A step is either sparse
+(`select_` takes out what is sent) or dense (`outgoing` is averaged over the ranks, `settle_` takes the average in).
+
+Law, for every memory: what it has sent and what it holds add up to what was put in. For plain error feedback
+`sum(sent) + held == sum(gradients)`; with momentum correction the gradients are replaced by their momenta u.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from distopt import ops
+
+
+class Memory(ABC):
+    """Base. A subclass names its tensors in `per_rank`; they are what a checkpoint holds for this rank.
+
+    Attributes:
+        per_rank: Names of the attributes that hold this rank's tensors (each flat, or None where not needed).
+    """
+
+    per_rank: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's tensors by name, each of shape (numel,)."""
+        named = ((name, getattr(self, name)) for name in self.per_rank)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies that `restore_` takes back: for a step that turns out not to count."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def restore_(self, snapshot: dict[str, Tensor]) -> None:
+        """Puts the tensors back to what they were at `snapshot`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(snapshot[name])
+
+    @abstractmethod
+    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Takes the gradient in and takes out the k largest entries: values (k,), int32 indices (k,), ascending."""
+
+    @abstractmethod
+    def give_back_(self, indices: Tensor, error: Tensor) -> None:
+        """Takes back what rounding cut off the values just sent at `indices`."""
+
+    @abstractmethod
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """What a dense step averages over the ranks; changes nothing yet. The first has the update's meaning."""
+
+    @abstractmethod
+    def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
+        """Ends a dense step: takes the averages of `outgoing` in and returns the update, shape (numel,).
+
+        `error` is what rounding cut off this rank's own first outgoing tensor, if anything.
+        """
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a dense step must first send what sparse steps left behind."""
+        return False
+
+
+class NoMemory(Memory):
+    """Plain averaging: everything is sent, nothing is remembered."""
+
+    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `Memory.select_`; never called, because plain averaging has no sparse step."""
+        raise NotImplementedError("plain averaging sends everything")
+
+    def give_back_(self, indices: Tensor, error: Tensor) -> None:
+        """See `Memory.give_back_`."""
+        raise NotImplementedError("plain averaging sends everything")
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """See `Memory.outgoing`."""
+        return [gradient]
+
+    def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
+        """See `Memory.settle_`."""
+        return averaged[0]
+
+
+class ErrorFeedback(Memory):
+    """The residual e of plain error feedback: `e += g`, send the largest of e, keep the rest.
+
+    Args:
+        numel: Entries of the parameter.
+        dtype: Of the residual: float32, or bfloat16 to halve its memory.
+        device: Where the parameter lives.
+        residual: False leaves the residual out, for a parameter that is always sent whole and unrounded.
+    """
+
+    per_rank = ("v",)
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, residual: bool = True) -> None:
+        self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
+
+    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `Memory.select_`."""
+        assert self.v is not None
+        return ops.ef_sparsify_(gradient, self.v, k)
+
+    def give_back_(self, indices: Tensor, error: Tensor) -> None:
+        """See `Memory.give_back_`."""
+        assert self.v is not None
+        self.v[indices.long()] = error.to(self.v.dtype)  # what was sent has just been zeroed
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """See `Memory.outgoing`."""
+        return [gradient if self.v is None else gradient + self.v]
+
+    def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
+        """See `Memory.settle_`."""
+        _replace_(self.v, error)
+        return averaged[0]
+
+
+class MomentumCorrection(Memory):
+    """Velocity u and accumulated velocity v of Deep Gradient Compression (Lin et al., ICLR 2018, sections 3.1 and 3.3).
+
+    Sparse step: `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), send the largest of v, zero v and (with
+    factor masking) u where sent. Dense step: u is the momentum of the averaged gradient and v stays empty, which is
+    momentum SGD to the bit. The first dense step after sparse ones averages u and sends all of v, so nothing is lost.
+
+    Args:
+        numel: Entries of the parameter.
+        dtype: Of u and v: float32, or bfloat16 to halve their memory.
+        device: Where the parameter lives.
+        momentum: m, in [0, 1).
+        nesterov: Which form.
+        masking: Whether sent entries also lose their velocity.
+        residual: False leaves v out, for a parameter that is always sent whole and unrounded.
+    """
+
+    per_rank = ("u", "v")
+
+    def __init__(
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        momentum: float,
+        nesterov: bool,
+        masking: bool,
+        residual: bool = True,
+    ) -> None:
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.masking = masking
+        self.u = torch.zeros(numel, dtype=dtype, device=device)
+        self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
+        self.per_rank_velocity = False  # u differs between the ranks: true from the first sparse step on
+
+    @property
+    def holds_back(self) -> bool:
+        """See `Memory.holds_back`."""
+        return self.per_rank_velocity
+
+    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `Memory.select_`."""
+        assert self.v is not None
+        self.per_rank_velocity = True
+        return ops.dgc_sparsify_(
+            gradient, self.u, self.v, k, momentum=self.momentum, nesterov=self.nesterov, masking=self.masking
+        )
+
+    def give_back_(self, indices: Tensor, error: Tensor) -> None:
+        """See `Memory.give_back_`."""
+        assert self.v is not None
+        self.v[indices.long()] = error.to(self.v.dtype)
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """See `Memory.outgoing`."""
+        if not self.per_rank_velocity:
+            return [gradient if self.v is None else gradient + self.v]
+        assert self.v is not None
+        if self.nesterov:
+            velocity = (self.u + gradient) * self.momentum
+            return [self.v + velocity + gradient, velocity]
+        velocity = self.u * self.momentum + gradient
+        return [self.v + velocity, velocity]
+
+    def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
+        """See `Memory.settle_`."""
+        _replace_(self.v, error)
+        if self.per_rank_velocity:
+            self.u.copy_(averaged[1])
+            self.per_rank_velocity = False
+            return averaged[0]
+        gradient = averaged[0].to(self.u.dtype)
+        if self.nesterov:
+            self.u.add_(gradient).mul_(self.momentum)
+            return self.u + gradient
+        return self.u.mul_(self.momentum).add_(gradient)
+
+
+def _replace_(held: Tensor | None, error: Tensor | None) -> None:
+    if held is not None:
+        held.zero_() if error is None else held.copy_(error)
