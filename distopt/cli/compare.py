@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import distopt
 from distopt.cli.datasets import Dataset
 from distopt.cli.job import Event, Job, launch
 
@@ -33,6 +34,10 @@ class Settings:
     warmup_stage: int | None = None  # steps of each of 4 stages; 0: no warm-up; None: 1% of all steps
     values: str = "fp32"
     indices: str = "int32"
+
+    def __post_init__(self) -> None:
+        for algorithm in self.algorithms(steps=100).values():
+            distopt.from_config(algorithm)  # raises here what would otherwise be raised by every rank
 
     def steps_for(self, data: Dataset) -> int:
         """The length of each run in steps."""

@@ -16,15 +16,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     """One row per method; times are milliseconds per step, bytes those that one rank encodes per step."""
     made = Table(title=title, title_justify="left")
     made.add_column("method")
-    headings = (
-        "test accuracy",
-        "bytes sent / step",
-        "ratio",
-        "ratio after warm-up",
-        "ms / step",
-        "selecting",
-        "communicating",
-    )
+    headings = ("accuracy", "bytes/step", "ratio", "after warm-up", "ms/step", "selecting", "communicating")
     for heading in headings:
         made.add_column(heading, justify="right")
     for result in results:
@@ -60,13 +52,19 @@ def notes(results: list[dict[str, Any]]) -> str:
 
 
 def break_even_bits_per_s(dense: dict[str, Any], compressed: dict[str, Any]) -> float | None:
-    """The link rate below which compressing saves time: bits kept off the link per second that selecting takes.
+    """The link rate below which compressing saves time: bits kept off the link per second that compressing takes.
 
-    Counts the bytes after warm-up; None where selecting costs nothing or keeps nothing off the link.
+    Compressing is selecting and decoding; the bytes are those after warm-up. None where it costs nothing or keeps
+    nothing off the link.
     """
     saved_bytes = dense["stats"]["last"]["link_bytes_sent"] - compressed["stats"]["last"]["link_bytes_sent"]
-    cost_s = compressed["seconds_selecting_per_step"] - dense["seconds_selecting_per_step"]
+    cost_s = _compressing_s(compressed) - _compressing_s(dense)
     return float(8 * saved_bytes / cost_s) if saved_bytes > 0 and cost_s > 0 else None
+
+
+def _compressing_s(result: dict[str, Any]) -> float:
+    stats = result["stats"]
+    return float(stats["seconds_selecting"] + stats["seconds_decoding"]) / stats["steps"]
 
 
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -31,7 +31,7 @@ from distopt.cli.job import Job, read_jobs
 from distopt.cli.models import MODELS
 
 Emit = Callable[..., None]
-_PROGRESS_EVENTS = 50
+_PROGRESS_S = 0.5  # between two `step` events
 
 
 @record
@@ -71,15 +71,17 @@ def train(job: Job, data: Dataset, emit: Emit) -> dict[str, Any]:
     scheduler = CosineAnnealingLR(optimizer, job.steps)
     attachment = distopt.from_config(job.algorithm).attach(model, optimizer)
     batches = _batches(job, data)
-    training_s, accuracy, mark = 0.0, 0.0, time.perf_counter()
+    training_s, accuracy = 0.0, 0.0
+    mark = shown = time.perf_counter()
     for step in range(1, job.steps + 1):
         images, labels = next(batches)
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         optimizer.step()
         scheduler.step()
-        if step % max(1, job.steps // _PROGRESS_EVENTS) == 0:
+        if time.perf_counter() - shown > _PROGRESS_S:
             emit("step", step=step)
+            shown = time.perf_counter()
         if step % job.evaluate_every == 0 or step == job.steps:
             training_s += time.perf_counter() - mark
             accuracy = _accuracy(model.module, data)

@@ -1,0 +1,86 @@
+# What a developer or a newcomer types. `make help` lists the targets; CONTRIBUTING.md tells more.
+#
+# The first target that is made sets up a virtual environment in $(VENV); later calls find it done (stamps in .make/).
+# Variables:
+#   PYTHON       the Python (3.11 or newer) to make the virtual environment with
+#   TORCH_INDEX  address of a package index of CPU builds of torch; without it pip's own settings decide
+#   TORCH        what to install where no torch >= 2.10 is there yet
+
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
+TORCH_INDEX ?=
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
+SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
+
+.PHONY: help demo test test-slow lint format types bench build clean setup setup-dev
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/' | expand -t 14
+
+demo: setup  ## train a model three ways (dense, top-k, DGC) on 2 ranks; a table, a plot and a JSON file in runs/compare
+	$(BIN)/distopt compare
+
+test: setup  ## the tests that every change must pass (a few minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## the full-length tests
+	$(BIN)/python -m pytest -m slow
+
+lint: setup-dev  ## ruff, clang-format and bash's own check: nothing may be left to format or to mend
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.sh' '*.sbatch' .ci/run | xargs -rn1 bash -n
+
+format: setup-dev  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+types: setup-dev  ## mypy, strict, on the package
+	$(BIN)/mypy
+
+bench: setup  ## the kernels' speed (a minute); the accuracy benchmark is benchmarks/accuracy.py
+	$(BIN)/python benchmarks/compress.py
+
+build: setup  ## a wheel in dist/
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
+	rm -rf $(VENV) .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find distopt -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+setup: .make/package
+setup-dev: .make/package .make/dev
+
+# An environment that is there is used as it is.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "distopt needs Python 3.11 or newer, $(PYTHON) is not; use: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@if $(PYTHON) $(HAS_TORCH); then echo "using the torch that is installed"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+
+# The build needs torch and setuptools in place (no isolation): an isolated build would fetch the newest CUDA torch.
+.make/torch: | $(BIN)/python
+	$(PIP) install -q --upgrade "pip>=24.2" "setuptools>=77" wheel "numpy>=1.26"
+	@$(BIN)/python $(HAS_TORCH) || { echo "installing $(TORCH)"; \
+	  $(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"; }
+	@mkdir -p .make && touch $@
+
+.make/package: .make/torch pyproject.toml $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e ".[cli,test]"
+	@touch $@
+
+# The tools only: what the extra `dev` lists, without building the package once more.
+.make/dev: .make/torch pyproject.toml
+	$(PIP) install -q $$($(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['dev'])" | sed 's/[^ ]*/"&"/g')
+	@touch $@

@@ -1,0 +1,139 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distopt.cli import report
+from distopt.cli.compare import Settings, summary
+from distopt.cli.datasets import load
+from distopt.cli.job import Job, JobError, launch, read_jobs, write_jobs
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def test_the_three_runs_differ_in_nothing_but_the_algorithm(digits):
+    dense, topk, dgc = Settings(data="digits", epochs=1).jobs(digits).values()
+    fields = lambda job: {name: value for name, value in vars(job).items() if name != "algorithm"}  # noqa: E731
+    assert fields(dense) == fields(topk) == fields(dgc)
+    assert dense.algorithm == {"algorithm": "dense"}
+    assert {**topk.algorithm, "algorithm": "dgc"} == dgc.algorithm
+
+
+def test_length_and_warmup_follow_the_data_unless_they_are_given(digits):
+    assert Settings(epochs=2, ranks=2, batch=64).steps_for(digits) == 2 * (1437 // 128)
+    assert Settings(epochs=2, steps=7).steps_for(digits) == 7
+    assert Settings().algorithms(1000)["DGC"]["warmup"] == {"schedule": "paper", "stage": 10}
+    assert Settings(warmup_stage=0).algorithms(1000)["DGC"]["warmup"] is None
+
+
+def test_jobs_survive_their_file(digits, tmp_path):
+    jobs = Settings(data="digits").jobs(digits)
+    write_jobs(jobs, tmp_path / "jobs.json")
+    assert read_jobs(tmp_path / "jobs.json") == jobs
+
+
+def make_summary(label="DGC", *, selecting_s=0.2, link_bytes=10):
+    stats = {
+        "steps": 10,
+        "bytes_sent": 500,
+        "bytes_dense": 10_000,
+        "seconds_selecting": selecting_s,
+        "seconds_decoding": 0.0,
+        "seconds_communicating": 0.5,
+        "last": {"bytes_sent": 10, "bytes_dense": 1000, "link_bytes_sent": link_bytes},
+    }
+    job = Job(algorithm={}, model="cnn", data=None, ranks=2, steps=10, evaluate_every=5, batch=1, lr=0.1, momentum=0.9,
+              weight_decay=0.0, seed=0)  # fmt: skip
+    result = {"stats": stats, "accuracy": 0.5, "parameters": 250, "ranks_identical": True, "training_s": 3.0}
+    return summary(label, job, result)
+
+
+def test_a_summary_holds_means_per_step_and_ratios_of_counted_bytes():
+    made = make_summary()
+    assert made["bytes_sent_per_step"] == 50
+    assert made["ratio"] == 20  # over the whole run
+    assert made["ratio_last_step"] == 100  # after warm-up
+    assert made["seconds_per_step"] == pytest.approx(0.3)
+    assert made["seconds_selecting_per_step"] == pytest.approx(0.02)
+    assert made["seconds_communicating_per_step"] == pytest.approx(0.05)
+
+
+def test_break_even_is_bits_kept_off_the_link_per_second_of_selecting():
+    dense = make_summary("dense", selecting_s=0.0, link_bytes=1010)
+    assert report.break_even_bits_per_s(dense, make_summary()) == pytest.approx(8 * 1000 / 0.02)
+    assert report.break_even_bits_per_s(dense, make_summary(selecting_s=0.0)) is None
+    assert report.break_even_bits_per_s(make_summary(link_bytes=5), make_summary()) is None
+
+
+TINY = ["--data", "digits", "--model", "mlp", "--steps", "12"]
+
+
+@pytest.mark.timeout(110)
+def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(tmp_path):
+    command = [sys.executable, "-m", "distopt.cli", "compare", *TINY, "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # Not a terminal: plain lines, no bar and no escape codes.
+    assert "\x1b" not in ran.stdout
+    assert "DGC: step 12/12, accuracy" in ran.stdout
+    for part in ("dense DDP", "top-k + error feedback", "accuracy", "bytes/step", "ratio", "selecting"):
+        assert part in ran.stdout
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert {"machine", "versions", "settings", "results", "data"} <= set(content)
+    dense, topk, dgc = content["results"]
+    assert dense["ratio"] == 1
+    assert dense["bytes_sent_per_step"] == 4 * dense["parameters"]
+    assert dgc["ratio"] == dgc["stats"]["bytes_dense"] / dgc["stats"]["bytes_sent"]
+    for result in (dense, topk, dgc):
+        assert result["ranks_identical"]
+        assert result["stats"]["steps"] == 12
+        assert result["bytes_dense_per_step"] == 4 * result["parameters"]
+        assert result["curve"][-1]["step"] == 12
+        assert result["curve"][-1]["bytes_sent"] == result["stats"]["bytes_sent"]
+    assert dgc["ratio_last_step"] > topk["ratio"] / 1.01 > 1
+
+
+@pytest.mark.timeout(110)
+def test_a_deadline_ends_the_ranks_it_started_and_says_so(tmp_path):
+    jobs = {"long": Settings(data="digits", steps=10**6).jobs(load("digits"))["dense DDP"]}
+    pids = []
+
+    def remember(event):
+        if event["event"] == "joined":
+            pids.append(event["pid"])
+
+    with pytest.raises(JobError, match=r"must finish within 12 s.*0 of 1 runs"):
+        launch(jobs, tmp_path, deadline_s=12, on_event=remember)
+    assert len(pids) == 2
+    assert wait_until_gone(pids)
+
+
+@pytest.mark.timeout(110)
+def test_a_dead_rank_is_an_error_with_the_end_of_the_log(tmp_path):
+    jobs = {"long": Settings(data="digits", steps=10**6).jobs(load("digits"))["dense DDP"]}
+
+    def kill_the_second(event):
+        if event["event"] == "step":
+            os.kill(pids[1], signal.SIGKILL)
+        elif event["event"] == "joined":
+            pids.append(event["pid"])
+
+    pids = []
+    with pytest.raises(JobError, match="SIGKILL"):
+        launch(jobs, tmp_path, deadline_s=90, on_event=kill_the_second)
+    assert wait_until_gone(pids)
+
+
+def wait_until_gone(pids, timeout_s=10):
+    end = time.monotonic() + timeout_s
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
