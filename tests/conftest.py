@@ -1,0 +1,21 @@
+import pytest
+
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def _pools():
+    pools: dict[int, RankPool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pools):
+    """`ranks(n)` is a pool of n real gloo ranks: `ranks(2)(function, *args)` gives their results in rank order."""
+
+    def pool(size: int) -> RankPool:
+        return _pools.setdefault(size, RankPool(size))
+
+    return pool
