@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from distopt.errors import StateMismatchError
 
@@ -71,12 +74,52 @@ def load(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
     rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
     folder = Path(directory)
     manifests = _manifests(folder)
-    # Deal the old ranks out; a rank that gets none brings a copy of one, which does not count twice.
-    mine = [rank] if len(manifests) == num_ranks else list(range(rank, len(manifests), num_ranks)) or [0]
-    loaded = [_read(folder, manifests[old]) for old in mine]
+    loaded = [_read(folder, manifests[old]) for old in _dealt_out(len(manifests), rank, num_ranks)]
     merged = dict(loaded[0])
     merged["ranks"] = {old: memories for state in loaded for old, memories in state["ranks"].items()}
     attachment.load_state_dict(merged)
+
+
+def load_distributed(attachment: Stateful, checkpoint_id: str | os.PathLike[str], *, key: str = "distopt") -> None:
+    """Takes back what `torch.distributed.checkpoint.save({key: attachment, ...})` wrote, on any number of ranks.
+
+    With the number of ranks it was saved on, `torch.distributed.checkpoint.load({key: attachment})` does the same; with
+    another that function cannot know which ranks' entries to read. Every rank must call it.
+
+    Raises:
+        StateMismatchError: The checkpoint has no such key, or is of another model or algorithm.
+    """
+    reader = FileSystemReader(checkpoint_id)
+    metadata = reader.read_metadata()
+    paths = {name: path for name, path in (metadata.planner_data or {}).items() if path[0] == key}
+    saved_ranks = {int(path[2]) for path in paths.values() if path[1] == "ranks"}
+    if not saved_ranks:
+        found = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
+        raise StateMismatchError(f"the checkpoint must hold an attachment under {key!r}, got {found}; give its key")
+    rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
+    mine = {str(old) for old in _dealt_out(len(saved_ranks), rank, num_ranks)}
+    flat: dict[str, Any] = {}
+    for name, path in paths.items():
+        if path[1] != "ranks" or path[2] in mine:
+            entry = metadata.state_dict_metadata[name]
+            if isinstance(entry, TensorStorageMetadata):
+                flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            else:
+                flat[name] = None
+    dcp_load(flat, storage_reader=reader, process_group=attachment.process_group)
+    state: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = paths[name][1:]
+        node = state
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    attachment.load_state_dict(state)
+
+
+def _dealt_out(saved_ranks: int, rank: int, num_ranks: int) -> list[int]:
+    """The old ranks whose state this rank brings; one that gets none brings a copy, which does not count twice."""
+    return [rank] if saved_ranks == num_ranks else list(range(rank, saved_ranks, num_ranks)) or [0]
 
 
 def _stem(rank: int, num_ranks: int) -> str:
