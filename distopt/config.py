@@ -1,15 +1,40 @@
 """The configuration is the algorithm: frozen dataclasses that check themselves, and their form as plain JSON.
 
 An algorithm is written `{"algorithm": "dgc", "density": 0.001}`, a part of it (a warm-up, say) with a tag of its own:
-`{"schedule": "paper", "steps_per_stage": 500}`. Unknown names and keys are errors that list the known ones.
+`{"schedule": "paper", "stage": 500}`. Unknown names and keys are errors that list the known ones.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from distopt.errors import ConfigError
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping that cannot change and can be hashed. Unlike a dict it is not equal to one in another order."""
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        self._items = dict(items or {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self.items()) == list(other.items()) if isinstance(other, Mapping) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 class Configurable:
@@ -33,10 +58,15 @@ class Configurable:
             cls._known[name] = cls
 
     def to_dict(self) -> dict[str, Any]:
-        """This configuration as plain values that JSON and TOML can hold; `from_dict` makes an equal object of it."""
+        """This configuration as plain values that JSON and TOML can hold; `from_dict` makes an equal object of it.
+
+        A field that is None, as it is by default, is left out: TOML has no null.
+        """
         plain: dict[str, Any] = {self.tag: self.name}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            plain[field.name] = _to_plain(getattr(self, field.name))
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                plain[field.name] = _to_plain(value)
         return plain
 
     @classmethod
@@ -50,20 +80,22 @@ class Configurable:
             raise ConfigError(f"a configuration must be a mapping with the key {cls.tag!r}, got {mapping!r}")
         rest = dict(mapping)
         name = rest.pop(cls.tag, None)
-        if name not in cls._known:
-            known = ", ".join(sorted(cls._known))
-            raise ConfigError(f"{cls.tag!r} must be one of {known}, got {name!r}; add it to the configuration")
-        made = cls._known[name]
-        fields = {field.name: field for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+        known: dict[str, Any] = {key: made for key, made in cls._known.items() if issubclass(made, cls)}
+        if not isinstance(name, str) or name not in known:
+            names = ", ".join(sorted(known))
+            raise ConfigError(f"{cls.tag!r} must be one of {names}, got {name!r}; add it to the configuration")
+        made = known[name]
+        fields = {field.name: field for field in dataclasses.fields(made)}
         if unknown := sorted(str(key) for key in rest if key not in fields):
             raise ConfigError(
                 f"unknown key {', '.join(map(repr, unknown))} for {cls.tag} {name!r}; known keys are "
                 f"{', '.join(fields)}"
             )
         try:
-            return made(**{key: _from_plain(value, fields[key]) for key, value in rest.items()})
+            configured: Self = made(**{key: _from_plain(value, fields[key]) for key, value in rest.items()})
         except TypeError as error:  # a field without a default is missing
             raise ConfigError(f"{cls.tag} {name!r}: {error}; add the missing key") from error
+        return configured
 
 
 def _to_plain(value: Any) -> Any:
@@ -83,10 +115,10 @@ def check_number(
     field: str, value: object, *, rule: str, remedy: str, low: float, high: float, low_allowed: bool = False
 ) -> None:
     """Raises `ConfigError` unless value is a finite number (not a bool) in (low, high], or [low, high] if allowed."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
     if valid:
         assert isinstance(value, int | float)
-        valid = (low <= value if low_allowed else low < value) and value <= high
+        valid = (low <= value if low_allowed else low < value) and value <= high and -math.inf < value < math.inf
     if not valid:
         raise ConfigError(f"{field} must be {rule}, got {value!r}; {remedy}")
 
@@ -107,6 +139,12 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises `ConfigError` unless value is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_switch(field: str, value: object) -> None:
+    """Raises `ConfigError` unless value is True or False: "no" and 0.0 would count as something."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} must be True or False, got {value!r}; write it without quotes")
 
 
 class Algorithm(Configurable, tag="algorithm"):

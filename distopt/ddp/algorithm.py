@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES
-from distopt.config import Algorithm, check_choice, check_density
+from distopt.config import Algorithm, FrozenMapping, check_choice, check_density
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.hook import LossScale, StepPolicy
 from distopt.ddp.memory import Memory
@@ -82,7 +82,7 @@ class CompressedAlgorithm(DDPAlgorithm):
     residuals: str = "fp32"  # what is kept between steps: "bf16" halves the memory and forgets the smallest gradients
     nonfinite: str = "error"  # "skip" leaves steps with NaN or Inf out on all ranks, at the price of overlap
     skip: tuple[str, ...] = ()  # name patterns of parameters to send whole: more exact, more bytes
-    densities: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name pattern to a density of its own
+    densities: Mapping[str, float] = FrozenMapping()  # name pattern to a density of its own; the first match counts
 
     def __post_init__(self) -> None:
         check_density("density", self.density)
@@ -102,7 +102,10 @@ class CompressedAlgorithm(DDPAlgorithm):
                 f'densities must map name patterns to densities, got {self.densities!r}; use {{"fc*": 0.01}}'
             )
         for pattern, density in self.densities.items():
+            if not isinstance(pattern, str):
+                raise ConfigError(f'densities must have name patterns as keys, got {pattern!r}; use {{"fc*": 0.01}}')
             check_density(f"densities[{pattern!r}]", density)
+        object.__setattr__(self, "densities", FrozenMapping(self.densities))  # a copy of its own, and hashable
 
     def step_policy(self, *, tracks_usage: bool) -> StepPolicy:
         """See `DDPAlgorithm.step_policy`."""

@@ -10,7 +10,7 @@ import dataclasses
 
 from torch import Tensor
 
-from distopt.config import check_choice, check_number
+from distopt.config import check_choice, check_number, check_switch
 from distopt.ddp.algorithm import CompressedAlgorithm
 from distopt.ddp.hook import StepPolicy
 from distopt.ddp.memory import ErrorFeedback, Memory, MomentumCorrection
@@ -38,6 +38,7 @@ class DGC(CompressedAlgorithm, name="dgc"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_switch("masking", self.masking)
         check_choice("weight_decay", self.weight_decay, ("momentum", "local"))
         if self.clip is not None:
             check_number(

@@ -1,0 +1,263 @@
+"""Every configuration class, also one registered tomorrow: plain form and back, frozen, keyword-only, errors that help.
+
+A new field needs good and bad values in the tables here; the test that says so fails until it has them.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import tomllib
+
+import pytest
+
+import distopt
+from distopt.config import Configurable, FrozenMapping, from_config
+from distopt.ddp import DGC, Dense, ExponentialWarmup, ListWarmup, PaperWarmup, Schedule, TopK
+from distopt.errors import ConfigError
+
+KINDS = Configurable.__subclasses__()
+CLASSES = [made for kind in KINDS for made in kind._known.values()]
+REQUIRED = {ListWarmup: {"densities": (0.25, 0.05)}}
+
+GOOD = {
+    "density": [1, 1.0, 0.25, 1e-3, 1e-12],
+    "warmup": [
+        None,
+        PaperWarmup(stage=2),
+        ExponentialWarmup(stages=7, steps_per_epoch=3),
+        ListWarmup(densities=(0.5,)),
+    ],
+    "values": ["fp32", "fp16", "bf16"],
+    "indices": ["int32", "block16"],
+    "wire": ["auto", "sparse", "dense"],
+    "residuals": ["fp32", "bf16"],
+    "nonfinite": ["error", "skip"],
+    "skip": [(), ("*.bias",), ("head.*", "emb.?")],
+    "densities": [{}, {"fc.*": 0.01}, {"a.b": 1, "*": 0.5}],
+    "masking": [True, False],
+    "clip": [None, 1.0, 3, 1e-9],
+    "weight_decay": ["momentum", "local"],
+    "stage": [1, 4],
+    "steps_per_epoch": [None, 1, 500],
+    "stages": [1, 5],
+}
+GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
+
+DENSITY_RULE = ("must be a number in (0, 1]", "use 0.001 to send 0.1% of the gradient")
+BAD_DENSITIES = [0, 0.0, -0.1, 1.5, 2.0, math.nan, math.inf, -math.inf, "0.1", True, False, None, [0.1], 10**400]
+NOT_COUNTS = [0, -1, 1.0, 2.5, "3", True, math.nan, [1]]
+BAD = {
+    "density": [(value, *DENSITY_RULE) for value in BAD_DENSITIES],
+    "clip": [
+        (value, "must be a positive number or None", "use the norm", "such as 1.0")
+        for value in (0, 0.0, -1.0, -3, math.nan, math.inf, -math.inf, "1.0", True, (1.0,))
+    ],
+    "warmup": [
+        (value, "must be a schedule or None", "use distopt.ddp.PaperWarmup(stage=500)")
+        for value in (0.25, "paper", 500, (0.25, 0.05), True, PaperWarmup, DGC())
+    ],
+    "skip": [
+        (value, "must be a tuple of name patterns", 'use ("*.bias", "head.*")')
+        for value in ("*.bias", ["*.bias"], None, (1,), ("a", None), {"a": 1})
+    ],
+    "densities": [
+        (value, "must map name patterns to densities", '{"fc*": 0.01}') for value in (0.1, "fc*", None, ("a",))
+    ],
+    "values": [(value, "must be one of 'fp32', 'fp16', 'bf16'") for value in ("int8", "FP16", 16, None, ["fp16"])],
+    "indices": [(value, "must be one of 'int32', 'block16'") for value in ("int64", None)],
+    "wire": [(value, "must be one of 'auto', 'sparse', 'dense'") for value in ("fast", None, True)],
+    "residuals": [(value, "must be one of 'fp32', 'bf16'") for value in ("fp16", None)],
+    "nonfinite": [(value, "must be one of 'error', 'skip'") for value in ("ignore", None)],
+    "weight_decay": [(value, "must be one of 'momentum', 'local'") for value in (1e-4, 0, None, "none")],
+    "masking": [(value, "must be True or False") for value in (0, 1, "yes", None)],
+    "stage": [
+        (value, "must be an integer of at least 1", "length of one stage in steps or epochs")
+        for value in [*NOT_COUNTS, None]
+    ],
+    "steps_per_epoch": [(value, "must be an integer of at least 1", "use len(loader)") for value in NOT_COUNTS],
+    "stages": [(value, "must be an integer of at least 1", "the paper 4") for value in [*NOT_COUNTS, None]],
+}
+BAD_FOR = {
+    (ListWarmup, "densities"): [
+        (value, "must be a non-empty tuple", "use (0.25, 0.05)") for value in ((), [0.25], 0.25, None, "0.25", {})
+    ]
+}
+
+
+def fields_of(made):
+    return [field.name for field in dataclasses.fields(made)]
+
+
+def build(made, **values):
+    return made(**{**REQUIRED.get(made, {}), **values})
+
+
+def toml_of(plain, table=""):
+    """Enough of TOML to write a configuration: strings, numbers, booleans, arrays and tables."""
+    nested = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in plain.items() if key not in nested]
+    for key, value in nested.items():
+        path = f"{table}{json.dumps(key)}"
+        lines += [f"[{path}]", toml_of(value, f"{path}.")]
+    return "\n".join(lines)
+
+
+EVERY_GOOD = [
+    pytest.param(made, field, value, id=f"{made.__name__}-{field}-{value!r:.40}")
+    for made in CLASSES
+    for field in fields_of(made)
+    for value in GOOD_FOR.get((made, field), GOOD.get(field, []))
+]
+EVERY_BAD = [
+    pytest.param(made, field, *row[:1], row[1:], id=f"{made.__name__}-{field}-{row[0]!s:.20}")
+    for made in CLASSES
+    for field in fields_of(made)
+    for row in BAD_FOR.get((made, field), BAD.get(field, []))
+]
+
+
+def test_there_are_classes_and_each_is_known_by_its_name():
+    assert {DGC, TopK, Dense, PaperWarmup, ExponentialWarmup, ListWarmup} <= set(CLASSES)
+    for kind in KINDS:
+        assert all(made.name == name and made.tag == kind.tag for name, made in kind._known.items())
+
+
+@pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
+def test_every_field_has_good_and_bad_values_here(made):
+    for field in fields_of(made):
+        assert GOOD_FOR.get((made, field), GOOD.get(field)), f"add good values of {made.__name__}.{field} to GOOD"
+        assert BAD_FOR.get((made, field), BAD.get(field)), f"add bad values of {made.__name__}.{field} to BAD"
+
+
+@pytest.mark.parametrize(("made", "field", "value"), EVERY_GOOD)
+def test_round_trip_through_json_and_toml(made, field, value):
+    config = build(made, **{field: value})
+    plain = config.to_dict()
+    for arrived in (plain, json.loads(json.dumps(plain)), tomllib.loads(toml_of(plain))):
+        again = made.from_dict(arrived)
+        assert type(again) is made
+        assert again == config
+        assert again.to_dict() == plain
+        assert next(kind for kind in KINDS if issubclass(made, kind)).from_dict(arrived) == config
+
+
+@pytest.mark.parametrize(("made", "field", "value"), EVERY_GOOD)
+def test_equal_configurations_have_equal_hashes_and_copies(made, field, value):
+    config = build(made, **{field: value})
+    for other in (build(made, **{field: value}), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert hash(other) == hash(config)
+        assert repr(other) == repr(config)
+
+
+@pytest.mark.parametrize(("made", "field", "value", "parts"), EVERY_BAD)
+def test_a_bad_value_is_refused_with_value_rule_and_remedy(made, field, value, parts):
+    with pytest.raises(ConfigError) as caught:
+        build(made, **{field: value})
+    message = str(caught.value)
+    assert message.startswith(field)
+    assert f"got {value!r}" in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
+def test_frozen_and_keyword_only(made):
+    config = build(made)
+    for field in dataclasses.fields(made):
+        assert field.kw_only
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, None)
+    with pytest.raises(TypeError):
+        made(0.1)
+
+
+@pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
+def test_an_unknown_key_names_the_known_ones(made):
+    plain = {**build(made).to_dict(), "densty": 0.1, "zeal": 1}
+    with pytest.raises(ConfigError) as caught:
+        made.from_dict(plain)
+    message = str(caught.value)
+    assert f"unknown key 'densty', 'zeal' for {made.tag} {made.name!r}" in message
+    assert f"known keys are {', '.join(fields_of(made))}" in message
+
+
+@pytest.mark.parametrize("name", ["adam", "DGC", None, "", 3, ["dgc"], {"a": 1}])
+def test_an_unknown_algorithm_names_the_known_ones(name):
+    with pytest.raises(ConfigError) as caught:
+        from_config({"algorithm": name})
+    assert (
+        str(caught.value) == f"'algorithm' must be one of dense, dgc, topk, got {name!r}; add it to the configuration"
+    )
+
+
+@pytest.mark.parametrize("mapping", [None, "dgc", 3, ["algorithm", "dgc"]])
+def test_what_is_no_mapping(mapping):
+    with pytest.raises(ConfigError, match=r"must be a mapping with the key 'algorithm', got"):
+        from_config(mapping)
+
+
+def test_the_example_of_the_readme():
+    config = distopt.from_config({"algorithm": "dgc", "density": 0.001})
+    assert config == distopt.DGC(density=1e-3)
+    assert distopt.from_config({"algorithm": "dgc"}) == distopt.DGC()
+
+
+def test_a_part_is_made_from_its_own_mapping():
+    config = from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "stage": 500}})
+    assert config.warmup == PaperWarmup(stage=500)
+    with pytest.raises(ConfigError, match=r"unknown key 'steps' for schedule 'paper'; known keys are stage, steps_per"):
+        from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "steps": 500}})
+    with pytest.raises(ConfigError, match=r"'schedule' must be one of exponential, list, paper, got 'linear'"):
+        from_config({"algorithm": "topk", "warmup": {"schedule": "linear"}})
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ConfigError, match=r"schedule 'list':.*'densities'; add the missing key"):
+        Schedule.from_dict({"schedule": "list"})
+
+
+def test_a_class_makes_only_its_own_kind():
+    with pytest.raises(ConfigError, match=r"must be one of dgc, got 'topk'"):
+        DGC.from_dict({"algorithm": "topk"})
+
+
+@pytest.mark.parametrize(
+    ("densities", "parts"),
+    [
+        ({"fc*": 1.5}, ("densities['fc*'] must be a number in (0, 1], got 1.5", "use 0.001")),
+        ({"fc*": "0.1"}, ("densities['fc*']", "got '0.1'")),
+        ({"fc*": True}, ("densities['fc*']", "got True")),
+        ({1: 0.1}, ("densities must have name patterns as keys, got 1",)),
+    ],
+)
+def test_a_bad_density_of_a_pattern_names_the_pattern(densities, parts):
+    with pytest.raises(ConfigError) as caught:
+        TopK(densities=densities)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, math.nan, "0.1", True])
+def test_a_bad_density_of_a_list_names_its_place(value):
+    with pytest.raises(ConfigError, match=r"densities\[1\] must be a number in \(0, 1\], got"):
+        ListWarmup(densities=(0.25, value))
+
+
+def test_a_configuration_does_not_change_with_the_mapping_it_was_given():
+    mine = {"fc*": 0.01}
+    config = TopK(densities=mine)
+    mine["*"] = 1.0
+    assert config.densities == {"fc*": 0.01}
+    with pytest.raises(TypeError):
+        config.densities["*"] = 1.0
+
+
+def test_the_order_of_patterns_counts_because_the_first_match_does():
+    one, two = FrozenMapping({"a*": 0.1, "*": 0.2}), FrozenMapping({"*": 0.2, "a*": 0.1})
+    assert one != two
+    assert TopK(densities=one) != TopK(densities=two)
+    assert one == {"a*": 0.1, "*": 0.2}
+    assert one != "a*"
+    assert dict(one) == dict(two)
