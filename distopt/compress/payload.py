@@ -5,6 +5,7 @@ it. Sections are ordered by the size of their items, so that each starts on an a
 """
 
 import dataclasses
+import zlib
 from functools import cached_property
 
 import torch
@@ -108,16 +109,17 @@ class PayloadLayout:
         """The indices, int32, and values, `value_dtype`, both of shape (count,).
 
         Raises:
-            DecodeError: The sections contradict each other.
+            DecodeError: The bytes are too few or too many, or the sections contradict each other.
         """
         _, *index_views, values = self._views(payload)
         if not self.count:
             return torch.empty(0, dtype=torch.int32, device=payload.device), values
         return self.index_format.decode(tuple(index_views), self.numel), values
 
-    @property
+    @cached_property
     def _fingerprint(self) -> int:
-        return (self.numel * 31 + self.count * 7 + self.num_flags) & 0xFFFFFF
+        facts = (self.numel, self.count, self.num_flags, str(self.value_dtype), type(self.index_format).__name__)
+        return zlib.crc32(repr(facts).encode()) & 0x7FFFFFFF  # the header's words are signed
 
     def _header_words(self, header: Header) -> list[int]:
         words = [0] * -(-self.num_flags // 32)
@@ -127,4 +129,9 @@ class PayloadLayout:
         return [_MAGIC ^ self._fingerprint, header.step, header.nonfinite, *signed]
 
     def _views(self, payload: Tensor) -> list[Tensor]:
+        if payload.dtype != torch.uint8 or payload.numel() != self.nbytes:
+            raise DecodeError(
+                f"a payload of this layout must be {self.nbytes} bytes, got {payload.numel()} of {payload.dtype}; "
+                "every rank must run the same model and configuration"
+            )
         return [payload[start : start + dtype.itemsize * length].view(dtype) for dtype, length, start in self._sections]

@@ -20,8 +20,10 @@ def round_to_wire(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | 
     Returns:
         The values in `dtype`, and `values - sent` in the dtype of values, or None if nothing is lost.
     """
-    if torch.finfo(dtype).bits >= torch.finfo(values.dtype).bits:
+    wide = torch.promote_types(values.dtype, dtype)
+    if wide == dtype:
         return values.to(dtype), None
     largest = torch.finfo(dtype).max
-    sent = values.clamp(-largest, largest).to(dtype)
-    return sent, values - sent.to(values.dtype)
+    exact = values.to(wide)  # bfloat16 and float16 lose something either way: neither holds the other
+    sent = exact.clamp(-largest, largest).to(dtype)
+    return sent, (exact - sent.to(wide)).to(values.dtype)
