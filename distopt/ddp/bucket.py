@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distopt.ddp.parameters import flat_like, shaped_like
+
 
 class Bucket(Protocol):
     """Consecutive gradients in one flat buffer. Parameter i occupies the numel(i) entries behind those before it."""
@@ -33,11 +35,14 @@ class Bucket(Protocol):
 
 
 class FlatBucket:
-    """A `Bucket` over parameters whose gradients are copied into a new buffer, in the order given."""
+    """A `Bucket` over parameters whose gradients are copied into a new buffer, in the order given.
+
+    Within it each gradient lies as in DDP's buckets: in its parameter's memory order (see `shaped_like`).
+    """
 
     def __init__(self, parameters: list[Tensor], gradients: list[Tensor], *, index: int = 0, last: bool = True) -> None:
         self._parameters = parameters
-        self._buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._buffer = torch.cat([flat_like(g, p, g.dtype) for g, p in zip(gradients, parameters, strict=True)])
         self._index = index
         self._last = last
 
@@ -52,7 +57,7 @@ class FlatBucket:
     def gradients(self) -> list[Tensor]:
         """See `Bucket.gradients`."""
         parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
+        return [shaped_like(part, parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
 
     def parameters(self) -> list[Tensor]:
         """See `Bucket.parameters`."""
