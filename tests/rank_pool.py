@@ -71,9 +71,11 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        # The fork server imports torch once, before it has threads; ranks then start in a moment.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.nn.parallel", "distopt"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
