@@ -9,6 +9,8 @@ from torch import Tensor
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.memory import Memory
 
+LARGEST_INDEX = 2**31 - 1  # positions travel as int32
+
 
 @dataclasses.dataclass(eq=False, slots=True, kw_only=True)
 class TrackedParameter:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distopt.compress import IndexFormat, PayloadLayout, allgather_bytes, allreduce_bytes, sparse_is_cheaper
-from distopt.ddp.parameters import TrackedParameter, num_selected
+from distopt.ddp.parameters import LARGEST_INDEX, TrackedParameter, num_selected
+from distopt.errors import CompatibilityError
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -131,6 +132,9 @@ def plan_bucket(
         density_of: The density of a parameter in this step; 1.0 sends it whole.
         policy: How entries travel.
         num_ranks: Ranks in the exchange.
+
+    Raises:
+        CompatibilityError: Positions in the bucket do not fit 32 bits.
     """
     slots = []
     position = 0
@@ -143,6 +147,11 @@ def plan_bucket(
         slots.append(Slot(entry, position, position + numel, k, 1 + entry.memory.holds_back))
         position += numel
 
+    if position > LARGEST_INDEX and any(slot.k for slot in slots):
+        raise CompatibilityError(
+            f"a bucket can have at most {LARGEST_INDEX} entries, got {position}; use a smaller bucket_cap_mb in "
+            "DistributedDataParallel"
+        )
     value_dtype, dense_dtype = _wire_dtypes(bucket_dtype, policy.value_dtype, slots)
     num_flags = len(slots) if policy.with_used_flags else 0
 

@@ -5,9 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from distopt.ddp.parameters import LARGEST_INDEX
 from distopt.errors import CompatibilityError
-
-_LARGEST = 2**31 - 1  # positions are int32
 
 
 def choose_densities(
@@ -36,9 +35,9 @@ def choose_densities(
     for name, parameter in parameters.items():
         density = next((value for pattern, value in overrides.items() if fnmatchcase(name, pattern)), default)
         whole = parameter.dim() <= 1 or density == 1.0 or any(fnmatchcase(name, pattern) for pattern in skip)
-        if not whole and parameter.numel() > _LARGEST:
+        if not whole and parameter.numel() > LARGEST_INDEX:
             raise CompatibilityError(
-                f"a compressed tensor can have at most {_LARGEST} entries, {name!r} has {parameter.numel()}; "
+                f"a compressed tensor can have at most {LARGEST_INDEX} entries, {name!r} has {parameter.numel()}; "
                 f"add it to skip=({name!r},) or split it"
             )
         chosen[name] = None if whole else density
