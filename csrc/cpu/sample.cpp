@@ -35,11 +35,11 @@ int32_t new_key(const Job& job, int64_t i) {
 }  // namespace
 
 int64_t sample_size(int64_t n, int64_t k) {
-  constexpr int64_t kTooSmall = 1 << 14;  // the first cut comes soon enough
+  constexpr int64_t kTooSmall = 1 << 12;  // ranking everything costs as little
   constexpr int64_t kWantedAbove = 16;    // samples among the k largest: trades sampling against candidates
   constexpr int64_t kAtLeast = 4096;
   if (n <= kTooSmall) return 0;
-  return std::min(std::max(kWantedAbove * (n / k), kAtLeast), n / 32);
+  return std::min(std::max(kWantedAbove * (n / k), kAtLeast), n / 128);
 }
 
 int32_t sample_bound(const Job& job, int64_t n, int64_t k, int32_t* keys, int64_t size) {

@@ -106,8 +106,8 @@ def test_a_million(kind):
 def test_a_sample_that_misleads():
     # Large values exactly where csrc/cpu/sample.cpp looks: the bound is then too high, fewer than k pass, and the
     # second reading has to find the rest.
-    n, k = 70_001, 4_000
-    size = min(max(16 * (n // k), 4096), n // 32)
+    n, k = 70_001, 1_000
+    size = min(max(16 * (n // k), 4096), n // 128)
     stretch = n // size
     i = torch.arange(size)
     positions = i * stretch + ((i * 2654435761 % 2**32) * stretch >> 32)
@@ -115,6 +115,15 @@ def test_a_sample_that_misleads():
     x[positions] += 100
     assert size < k
     check_all(("values", "indices"), reference.topk_abs(x, k), lambda: ops.topk_abs(x, k))
+
+
+def test_one_bit_above_the_ties_wins_from_the_last_place():
+    # The ties fill the candidates and raise the bound; what comes later has to be above it by a single bit.
+    x = torch.ones(70_001)
+    x[-1] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    for path in PATHS:
+        native.use_path(path)
+        assert ops.topk_abs(x, 3)[1].tolist() == [0, 1, 70_000]
 
 
 def test_nan_of_any_payload_are_ties():
