@@ -22,7 +22,10 @@ class Bucket(Protocol):
         """The flat gradients, shape (numel,), not divided by the number of ranks."""
 
     def gradients(self) -> list[Tensor]:
-        """One view into the buffer per parameter, with the parameter's shape."""
+        """One view into the buffer per parameter, with the parameter's shape.
+
+        DDP's are row-major even where the buffer holds another order: use `shaped_like` where positions matter.
+        """
 
     def parameters(self) -> list[Tensor]:
         """The parameters, in the buffer's order."""

@@ -33,7 +33,7 @@ class DecayMomentum:
         Args:
             update: Flat, in the memory order of `view`; changed in place.
             parameter: The parameter's values.
-            view: Any tensor of the parameter's shape that lies in memory as the update does (a bucket's gradient view).
+            view: Any tensor of the parameter's shape that lies in memory as the update does (see `shaped_like`).
         """
         shaped = self.buffer.as_strided(view.shape, view.stride())
         if self.nesterov:

@@ -18,6 +18,7 @@ from distopt import ops
 from distopt.comm import all_gather, all_reduce_sum
 from distopt.compress import Header, round_to_wire
 from distopt.ddp.bucket import Bucket
+from distopt.ddp.parameters import shaped_like
 from distopt.ddp.plan import BucketPlan, Slot
 from distopt.ddp.statistics import Statistics
 from distopt.errors import DesyncError, DistoptError
@@ -73,6 +74,8 @@ class Exchange:
         with record_function("distopt::select"):
             if header.nonfinite:
                 buffer.zero_()
+                for slot in plan.sparse:
+                    slot.tracked.memory.sit_out_()
                 indices, values = _nothing(plan, buffer)
                 dense = torch.zeros(plan.dense_numel, dtype=plan.dense_dtype, device=buffer.device)
             else:
@@ -166,8 +169,8 @@ class Exchange:
     def _arrive(self, bucket: Bucket, plan: BucketPlan, header: Header, departed: _Departed) -> None:
         """Decodes what all ranks sent, in rank order, so that every rank computes the same bits."""
         buffer = bucket.buffer()
-        used = self._read_headers(plan, header, departed.gathered)
-        if self.nonfinite or self.failure:
+        used, finite = self._read_headers(plan, header, departed.gathered)
+        if not finite:  # of this bucket only: what becomes of the others must not depend on which one lands first
             buffer.zero_()
             return
         update = self._workspace(bucket, plan, buffer)
@@ -182,11 +185,13 @@ class Exchange:
             self._settle(plan, departed, update, used)
         for position, slot in enumerate(plan.slots):
             if not used[position]:
+                slot.of(update).zero_()  # DDP leaves p.grad alone, but the buffer may be p.grad
                 if position in departed.snapshots:
                     slot.tracked.memory.restore_(departed.snapshots[position])
             elif slot.tracked.decay is not None:
-                view = bucket.gradients()[position]
-                slot.tracked.decay.apply_(slot.of(update), slot.tracked.parameter.detach(), view)
+                # not the bucket's own view, which DDP makes row-major whatever order the memory is in
+                parameter = slot.tracked.parameter.detach()
+                slot.tracked.decay.apply_(slot.of(update), parameter, shaped_like(slot.of(update), parameter))
         if update is not buffer:
             buffer.copy_(update)
 
@@ -209,17 +214,18 @@ class Exchange:
                 settled = slot.tracked.memory.settle_(averaged, departed.whole_errors.get(index))
                 if settled.data_ptr() != slot.of(update).data_ptr():  # plain averaging works in place
                     slot.of(update).copy_(settled)
-            else:
-                slot.of(update).zero_()
         if plan.selected_on_dense_wire:
             for slot in plan.sparse:
                 slot.of(update).copy_(take(slot))
 
-    def _read_headers(self, plan: BucketPlan, header: Header, gathered: Tensor | None) -> list[bool]:
-        """Checks that all ranks are in the same step; returns which slots any rank's backward pass reached."""
+    def _read_headers(self, plan: BucketPlan, header: Header, gathered: Tensor | None) -> tuple[list[bool], bool]:
+        """Checks that all ranks are in the same step.
+
+        Returns which slots any rank's backward pass reached, and whether all gradients of the bucket are finite.
+        """
         used = [True] * len(plan.slots)
         if plan.layout is None or gathered is None:
-            return used
+            return used, True
         headers = [plan.layout.unpack_header(payload) for payload in gathered]
         if any(other.step != header.step for other in headers):
             steps = ", ".join(f"rank {rank} at {other.step}" for rank, other in enumerate(headers))
@@ -232,7 +238,7 @@ class Exchange:
                 self.nonfinite.append(NonFiniteReport(rank, plan.slots[other.nonfinite - 1].tracked.name))
         if plan.layout.num_flags:
             used = [any(flags) for flags in zip(*(other.used for other in headers), strict=True)]
-        return used
+        return used, not any(other.nonfinite for other in headers)
 
     def _workspace(self, bucket: Bucket, plan: BucketPlan, buffer: Tensor) -> Tensor:
         """Where the update is put together: the buffer, or for 16-bit buckets a float32 tensor that is reused."""

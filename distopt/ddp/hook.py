@@ -20,7 +20,7 @@ from distopt.compress import Header
 from distopt.ddp.bucket import Bucket
 from distopt.ddp.exchange import Exchange
 from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
-from distopt.ddp.parameters import TrackedParameter
+from distopt.ddp.parameters import TrackedParameter, shaped_like
 from distopt.ddp.plan import BucketPlan, WirePolicy, plan_bucket
 from distopt.ddp.schedule import Schedule
 from distopt.ddp.statistics import Statistics
@@ -79,6 +79,8 @@ class CommHook:
         scale: LossScale | None = None,
         usage: UsageTracker | None = None,
     ) -> None:
+        if policy.nonfinite == "ignore":  # then Inf may pass, and averaging does not mind the unit
+            scale = None
         self.statistics = Statistics()
         self.step = 0
         self.sends_whole = False
@@ -131,8 +133,8 @@ class CommHook:
         """What went wrong in the latest step, once: the error to raise where the user can catch it."""
         failure, self._exchange.failure = self._exchange.failure, None
         reports, self._exchange.nonfinite = self._exchange.nonfinite, []
-        if failure is None and reports:
-            failure = nonfinite_error(dict.fromkeys(reports))
+        if failure is None and reports:  # buckets land in any order, the message is the same on every rank
+            failure = nonfinite_error(sorted(set(reports), key=lambda r: (self._order[r.name], r.rank)))
         return failure
 
     def _plan(self, bucket: Bucket) -> BucketPlan:
@@ -167,8 +169,9 @@ class CommHook:
                 i for i, slot in enumerate(plan.slots) if not self._usage.was_used(slot.tracked.parameter)
             )
         used = tuple(i not in unused for i in range(plan.layout.num_flags)) if plan.layout else ()
-        for slot, gradient in zip(plan.slots, bucket.gradients(), strict=True):
+        for slot in plan.slots:
             if slot.tracked.local_decay and not nonfinite:
+                gradient = shaped_like(slot.of(bucket.buffer()), slot.tracked.parameter)
                 gradient.add_(slot.tracked.parameter.detach(), alpha=slot.tracked.local_decay)
         header = Header(step=self.step, nonfinite=nonfinite, used=used)
         return self._exchange.start(bucket, plan, header, unused=unused).then(self._bucket_done)
@@ -226,10 +229,15 @@ class CommHook:
         """Local gradient clipping: `min(1, threshold N^-1/2 / ||g||)` over the whole gradient (DGC, section 3.2)."""
         if self._policy.clip is None:
             return 1.0
-        norms = [torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float32) for bucket, _, _ in waiting]
+        norms = [_norm(bucket.buffer()) for bucket, _, _ in waiting]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) / scale
         threshold = self._policy.clip * self._group.size() ** -0.5
         return float(min(1.0, threshold / (norm + 1e-6)))
+
+
+def _norm(flat: Tensor) -> Tensor:
+    """The 2-norm in float32, computed in no less than that."""
+    return torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)).float()
 
 
 def _hand_on(outer: Future[Tensor], scale: float) -> Callable[[Future[Tensor]], None]:

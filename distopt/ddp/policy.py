@@ -23,13 +23,21 @@ def choose_densities(
         overrides: Shell pattern of names to their density; the first that matches counts.
 
     Raises:
-        CompatibilityError: A pattern matches no name, or a tensor is too large for int32 positions.
+        CompatibilityError: A pattern matches no name, or only tensors that are always sent whole; or a tensor is too
+            large for int32 positions.
     """
     for pattern in (*skip, *overrides):
         if not any(fnmatchcase(name, pattern) for name in parameters):
             raise CompatibilityError(
                 f"the pattern {pattern!r} must match a parameter, got none among {_some(parameters)}; "
                 "see dict(model.named_parameters()) for the names"
+            )
+    for pattern, density in overrides.items():
+        matched = [name for name in parameters if fnmatchcase(name, pattern)]
+        if density != 1.0 and all(parameters[name].dim() <= 1 for name in matched):
+            raise CompatibilityError(
+                f"the pattern {pattern!r} with density {density} must match a tensor of two or more dimensions, got "
+                f"only {_some(matched)}; smaller ones are always sent whole: leave it out"
             )
     chosen: dict[str, float | None] = {}
     for name, parameter in parameters.items():
