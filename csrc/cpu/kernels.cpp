@@ -1,5 +1,9 @@
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 
 namespace distopt::cpu {
@@ -7,12 +11,20 @@ namespace {
 
 std::atomic<int> chosen{best_path()};
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports("f16c") is unknown to clang 14.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 }  // namespace
 
 int best_path() {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // asks the system too: the registers must be saved on a context switch
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return kAvx512;
