@@ -18,7 +18,7 @@ from distopt.ddp.hook import CommHook, LossScale, StepPolicy
 from distopt.ddp.join import keep_decay_in_step
 from distopt.ddp.memory import Memory, MomentumCorrection, NoMemory
 from distopt.ddp.parameters import TrackedParameter, flat_like, shaped_like
-from distopt.ddp.registration import existing_slot, fill_slot
+from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.takeover import Hyperparameters, Takeover
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import DistoptError
@@ -63,23 +63,31 @@ class Attachment:
         self._scaled = scaler is not None and getattr(scaler, "is_enabled", lambda: True)()
         device = next(ddp.module.parameters()).device
 
+        tracks_usage = bool(ddp.find_unused_parameters or ddp.static_graph)
         problem: DistoptError | None = None
         own = None
         parameters: dict[str, Tensor] = {}
         densities: dict[str, float | None] = {}
         self._takeover: Takeover | None = None
+        slot: HookSlot | None = None
         try:
-            existing_slot(ddp)
             parameters = synchronised_parameters(ddp)
             if algorithm.corrects_momentum:
                 self._takeover = Takeover(optimizer, {id(p): name for name, p in parameters.items()})
             densities = algorithm.densities_for(parameters)
-            own = fingerprint(algorithm.to_dict(), parameters, self._takeover.describe() if self._takeover else "")
+            own = fingerprint(
+                algorithm.to_dict(),
+                parameters,
+                self._optimized(parameters),
+                taken_over=self._takeover.describe() if self._takeover else "",
+                host={"tracks unused parameters": tracks_usage, "GradScaler": self._scaled},
+            )
+            slot = claim_slot(ddp)  # last: nothing of it can be taken back
         except DistoptError as error:
             problem = error
         agree(own, problem, self.process_group, device)
+        assert slot is not None
 
-        tracks_usage = bool(ddp.find_unused_parameters or ddp.static_graph)
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
         self._tracked = self._track(parameters, densities)
         self._hook = CommHook(
@@ -89,9 +97,10 @@ class Attachment:
             scale=scaler if self._scaled else None,
             usage=self._usage,
         )
-        self._slot = fill_slot(ddp, self.process_group, self._hook)
-        self._take_momentum_over()
         self._undo_join = keep_decay_in_step(ddp, self.process_group, self._tracked)
+        self._slot = slot
+        self._slot.hook = self._hook
+        self._take_momentum_over()
         self._step_handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._attached = True
         self._announce(device)
@@ -182,14 +191,24 @@ class Attachment:
         elif self._attached:  # the other ranks may not be on their way here: no collective
             self._release({})
 
+    def _optimized(self, parameters: Mapping[str, Tensor]) -> dict[str, Hyperparameters]:
+        """What is taken over for each parameter that is in the optimizer; nothing if the algorithm takes nothing."""
+        in_optimizer = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        taken = self._takeover.hyperparameters if self._takeover else {}
+        return {
+            name: taken.get(id(parameter), Hyperparameters())
+            for name, parameter in parameters.items()
+            if id(parameter) in in_optimizer
+        }
+
     def _track(self, parameters: Mapping[str, Tensor], densities: Mapping[str, float | None]) -> list[TrackedParameter]:
-        optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        optimized = self._optimized(parameters)
         tracked = []
         for name, parameter in parameters.items():
-            if id(parameter) not in optimized:  # somebody else's: DDP's average, unchanged
+            if name not in optimized:  # somebody else's: DDP's average, unchanged
                 tracked.append(TrackedParameter(name=name, parameter=parameter, memory=NoMemory()))
                 continue
-            hyper = self._takeover.hyperparameters[id(parameter)] if self._takeover else Hyperparameters()
+            hyper = optimized[name]
             local = self.algorithm.decays_locally()
             decay = None
             if hyper.weight_decay and not local:

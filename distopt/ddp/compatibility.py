@@ -53,8 +53,13 @@ def synchronised_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
     parameters = {
         name.replace("_orig_mod.", ""): parameter
         for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+        if name not in ddp.parameters_to_ignore
     }
+    if not all(parameter.requires_grad for parameter in parameters.values()):
+        # Those frozen before DDP was made are in no bucket; those frozen since are. Only the buckets tell.
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        synchronised = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        parameters = {name: parameter for name, parameter in parameters.items() if id(parameter) in synchronised}
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             raise CompatibilityError(
@@ -64,15 +69,38 @@ def synchronised_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
     return parameters
 
 
-def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor], taken_over: str) -> dict[str, Any]:
-    """What must be the same on every rank, in words that an error can quote."""
-    shapes = repr([(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()])
+def fingerprint(
+    config: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    optimized: Mapping[str, object],
+    *,
+    taken_over: str,
+    host: Mapping[str, bool],
+) -> dict[str, Any]:
+    """What must be the same on every rank, in words that an error can quote.
+
+    Args:
+        config: The algorithm, as a mapping.
+        parameters: Those that are synchronised.
+        optimized: Name of each that is in the optimizer, with the settings that were taken over for it.
+        taken_over: The same for a reader.
+        host: Options of the training script on which the number of collectives depends.
+    """
+    shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
     return {
         "distopt version": __version__,
         "configuration": dict(config),
-        "optimizer settings": taken_over,
-        "model": f"{len(parameters)} parameters, digest {hashlib.sha256(shapes.encode()).hexdigest()[:12]}",
+        "optimizer settings": {
+            "taken over": taken_over,
+            "parameters": f"{len(optimized)} optimized, digest {_digest(optimized)}",
+        },
+        "training options": dict(host),
+        "model": f"{len(parameters)} parameters, digest {_digest(shapes)}",
     }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def agree(

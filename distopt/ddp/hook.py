@@ -237,7 +237,8 @@ class CommHook:
 
 def _norm(flat: Tensor) -> Tensor:
     """The 2-norm in float32, computed in no less than that."""
-    return torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)).float()
+    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
+    return norm.float()
 
 
 def _hand_on(outer: Future[Tensor], scale: float) -> Callable[[Future[Tensor]], None]:

@@ -42,6 +42,9 @@ class Memory(ABC):
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Takes the gradient in and takes out the k largest entries: values (k,), int32 indices (k,), ascending."""
 
+    def sit_out_(self) -> None:  # noqa: B027 - most memories have nothing to note
+        """Notes a sparse step to which this rank contributed nothing while others did."""
+
     @abstractmethod
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """Takes back what rounding cut off the values just sent at `indices`."""
@@ -159,6 +162,10 @@ class MomentumCorrection(Memory):
     def holds_back(self) -> bool:
         """See `Memory.holds_back`."""
         return self.per_rank_velocity
+
+    def sit_out_(self) -> None:
+        """See `Memory.sit_out_`. All ranks must agree on whether u is theirs alone: dense steps send it if so."""
+        self.per_rank_velocity = True
 
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""

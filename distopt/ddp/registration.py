@@ -45,8 +45,8 @@ def distopt_hook(state: HookSlot, bucket: dist.GradBucket) -> torch.futures.Futu
     return state(bucket)
 
 
-def existing_slot(model: DistributedDataParallel) -> HookSlot | None:
-    """The slot that an earlier attach put into this DDP object, if any.
+def claim_slot(model: DistributedDataParallel) -> HookSlot:
+    """The slot in this DDP object, empty: that of an earlier attach, or a new one.
 
     Raises:
         CompatibilityError: An attachment is still in it, or the DDP object has somebody else's hook.
@@ -58,24 +58,13 @@ def existing_slot(model: DistributedDataParallel) -> HookSlot | None:
         raise CompatibilityError(
             "a DDP model can have one attachment at a time, got a second attach; call detach() on the first"
         )
-    return slot
-
-
-def fill_slot(model: DistributedDataParallel, group: dist.ProcessGroup, hook: CommHook) -> HookSlot:
-    """Makes `hook` the one that DDP calls, in the slot that is there or in a new one.
-
-    Raises:
-        CompatibilityError: As `existing_slot`; also for DDP's built-in hooks, which leave no trace beforehand.
-    """
-    slot = existing_slot(model)
     if slot is None:
-        slot = HookSlot(group)
+        slot = HookSlot(model.process_group)
         try:
             model.register_comm_hook(slot, distopt_hook)
-        except RuntimeError as error:
+        except RuntimeError as error:  # DDP's built-in hooks leave no trace beforehand
             raise _foreign_hook("a built-in one") from error
         _slots[model] = slot
-    slot.hook = hook
     return slot
 
 

@@ -19,10 +19,14 @@ class UsageTracker:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._used: set[int] = set()
         # The hooks hold the set, not the tracker: a tracker dropped without `close` does not keep anything alive.
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(lambda p, used=self._used: used.add(id(p)))
-            for parameter in parameters
-        ]
+        self._handles = []
+        for parameter in parameters:
+            trains = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch registers on no other; a frozen parameter may be thawed later
+            self._handles.append(
+                parameter.register_post_accumulate_grad_hook(lambda p, used=self._used: used.add(id(p)))
+            )
+            parameter.requires_grad_(trains)
 
     def was_used(self, parameter: Tensor) -> bool:
         """Whether the backward pass reached the parameter since `clear`."""
