@@ -21,7 +21,7 @@ from distopt.ddp.parameters import TrackedParameter, flat_like, shaped_like
 from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.takeover import Hyperparameters, Takeover
 from distopt.ddp.unused import UsageTracker
-from distopt.errors import DistoptError
+from distopt.errors import CompatibilityError, DistoptError
 
 _log = logging.getLogger("distopt")
 
@@ -193,13 +193,25 @@ class Attachment:
 
     def _optimized(self, parameters: Mapping[str, Tensor]) -> dict[str, Hyperparameters]:
         """What is taken over for each parameter that is in the optimizer; nothing if the algorithm takes nothing."""
-        in_optimizer = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        groups = getattr(self._optimizer, "param_groups", None)
+        if groups is None:
+            raise CompatibilityError(
+                f"attach needs the optimizer of the model, got {type(self._optimizer).__name__}; pass the object whose "
+                "step() the training loop calls"
+            )
+        in_optimizer = {id(p) for group in groups for p in group["params"]}
         taken = self._takeover.hyperparameters if self._takeover else {}
-        return {
+        optimized = {
             name: taken.get(id(parameter), Hyperparameters())
             for name, parameter in parameters.items()
             if id(parameter) in in_optimizer
         }
+        if not optimized:
+            raise CompatibilityError(
+                f"the optimizer must hold parameters of the DDP model, got none of its {len(parameters)}; make it from "
+                "ddp_model.parameters(), of this very model"
+            )
+        return optimized
 
     def _track(self, parameters: Mapping[str, Tensor], densities: Mapping[str, float | None]) -> list[TrackedParameter]:
         optimized = self._optimized(parameters)

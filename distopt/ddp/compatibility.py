@@ -128,7 +128,7 @@ def agree(
     first = facts[0]["own"]
     for rank, fact in enumerate(facts):
         for key, value in first.items():
-            if fact["own"][key] != value:
+            if repr(fact["own"][key]) != repr(value):  # the order of name patterns counts too
                 raise DesyncError(
                     f"every rank must attach with the same {key}, got {_shown(value, fact['own'][key])} on rank 0 and "
                     f"{_shown(fact['own'][key], value)} on rank {rank}; start all ranks from the same code and settings"
@@ -138,5 +138,5 @@ def agree(
 def _shown(value: Any, other: Any) -> str:
     """The value, or of a mapping only what differs from the other."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
-        value = {key: item for key, item in value.items() if other.get(key) != item}
+        value = {key: item for key, item in value.items() if repr(other.get(key)) != repr(item)}
     return repr(value)
