@@ -81,6 +81,7 @@ $(BIN)/python:
 
 # The tools only: what the extra `dev` lists, without building the package once more.
 .make/dev: .make/torch pyproject.toml
-	$(PIP) install -q $$($(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print(*project['optional-dependencies']['dev'])" | sed 's/[^ ]*/"&"/g')
+	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['dev'], sep='\n')" > .make/dev.txt
+	$(PIP) install -q -r .make/dev.txt
 	@touch $@

@@ -57,14 +57,15 @@ def break_even_bits_per_s(dense: dict[str, Any], compressed: dict[str, Any]) -> 
     Compressing is selecting and decoding; the bytes are those after warm-up. None where it costs nothing or keeps
     nothing off the link.
     """
-    saved_bytes = dense["stats"]["last"]["link_bytes_sent"] - compressed["stats"]["last"]["link_bytes_sent"]
+    saved_bytes: float = dense["stats"]["last"]["link_bytes_sent"] - compressed["stats"]["last"]["link_bytes_sent"]
     cost_s = _compressing_s(compressed) - _compressing_s(dense)
-    return float(8 * saved_bytes / cost_s) if saved_bytes > 0 and cost_s > 0 else None
+    return 8.0 * saved_bytes / cost_s if saved_bytes > 0 and cost_s > 0 else None
 
 
 def _compressing_s(result: dict[str, Any]) -> float:
     stats = result["stats"]
-    return float(stats["seconds_selecting"] + stats["seconds_decoding"]) / stats["steps"]
+    seconds: float = stats["seconds_selecting"] + stats["seconds_decoding"]
+    return seconds / int(stats["steps"])
 
 
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:

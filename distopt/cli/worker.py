@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-import distopt
 from distopt.cli.datasets import Dataset, load
 from distopt.cli.job import Job, read_jobs
 from distopt.cli.models import MODELS
+from distopt.ddp.algorithm import DDPAlgorithm
 
 Emit = Callable[..., None]
 _PROGRESS_S = 0.5  # between two `step` events
@@ -69,14 +69,14 @@ def train(job: Job, data: Dataset, emit: Emit) -> dict[str, Any]:
     model = DistributedDataParallel(MODELS[job.model](data.shape, data.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
     scheduler = CosineAnnealingLR(optimizer, job.steps)
-    attachment = distopt.from_config(job.algorithm).attach(model, optimizer)
+    attachment = DDPAlgorithm.from_dict(job.algorithm).attach(model, optimizer)
     batches = _batches(job, data)
     training_s, accuracy = 0.0, 0.0
     mark = shown = time.perf_counter()
     for step in range(1, job.steps + 1):
         images, labels = next(batches)
         optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        cross_entropy(model(images), labels).backward()
         optimizer.step()
         scheduler.step()
         if time.perf_counter() - shown > _PROGRESS_S:
