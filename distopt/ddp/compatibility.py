@@ -90,12 +90,12 @@ def fingerprint(
     return {
         "distopt version": __version__,
         "configuration": dict(config),
+        "model": f"{len(parameters)} parameters, digest {_digest(shapes)}",
         "optimizer settings": {
             "taken over": taken_over,
             "parameters": f"{len(optimized)} optimized, digest {_digest(optimized)}",
         },
         "training options": dict(host),
-        "model": f"{len(parameters)} parameters, digest {_digest(shapes)}",
     }
 
 
@@ -138,5 +138,6 @@ def agree(
 def _shown(value: Any, other: Any) -> str:
     """The value, or of a mapping only what differs from the other."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
-        value = {key: item for key, item in value.items() if repr(other.get(key)) != repr(item)}
+        keys = [*value, *(key for key in other if key not in value)]  # what one leaves out is None there
+        value = {key: value.get(key) for key in keys if repr(other.get(key)) != repr(value.get(key))}
     return repr(value)
