@@ -203,7 +203,7 @@ def assert_equal(found: dict, expected: dict, what: str = "") -> None:
         if isinstance(value, dict):
             assert_equal(value, expected[key], f"{what} {key}")
         else:
-            assert torch.equal(value, expected[key]), f"{what} {key}: {value} is not {expected[key]}"
+            assert torch.equal(value, expected[key]), f"{what} {key}: off by {(value - expected[key]).abs().max()}"
 
 
 def assert_close(found: dict, expected: dict, **tolerance) -> None:
