@@ -96,7 +96,7 @@ def compare(
     ranks: Annotated[int, Option(min=1, help="Processes under torchrun; each uses one thread.")] = 2,
     epochs: Annotated[
         int | None,
-        Option(min=1, help="Length of each run. Default: 6, for fewer than 10,000 images 40.", show_default=False),
+        Option(min=1, help="Length of each run. Default: 5, for fewer than 10,000 images 40.", show_default=False),
     ] = None,
     steps: Annotated[int | None, Option(min=1, help="Length of each run in steps, in place of --epochs.")] = None,
     batch: Annotated[int, Option(min=1, help="Images per rank and step.")] = 64,
