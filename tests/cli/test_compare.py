@@ -12,7 +12,7 @@ import pytest
 from distopt.cli import job, report
 from distopt.cli.compare import Settings, summary
 from distopt.cli.datasets import load
-from distopt.cli.job import Job, JobError, launch, read_jobs, write_jobs
+from distopt.cli.job import JobError, launch, read_jobs, write_jobs
 
 
 @pytest.fixture(scope="module")
