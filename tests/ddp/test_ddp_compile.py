@@ -1,5 +1,7 @@
 """torch.compile around DDP."""
 
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,6 +56,17 @@ def on_backends() -> None:
 
 def test_compiled_ddp_trains_like_ddp(ranks):
     ranks(2)(on_backends, deadline_s=100)
+
+
+def on_inductor() -> None:
+    expected = on_compiled(None, dgc(), "before")
+    # Generated code rounds otherwise, so that single entries may be sent a step earlier or later.
+    assert_close(on_compiled("inductor", dgc(), "before"), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor(ranks):
+    ranks(2)(on_inductor, deadline_s=110)
 
 
 def on_python_reducer() -> str:
