@@ -9,12 +9,13 @@ from distopt import ops
 from distopt.comm import all_gather
 from distopt.ddp.bucket import Bucket
 from distopt.ddp.exchange import NonFiniteReport
+from distopt.ddp.parameters import LARGEST_INDEX
 from distopt.errors import NonFiniteGradientError
 
 
 def first_nonfinite(bucket: Bucket) -> int | None:
     """Position in the bucket of the first parameter whose gradient holds NaN or Inf, or None."""
-    if ops.all_finite(bucket.buffer()):
+    if all(ops.all_finite(part) for part in bucket.buffer().split(LARGEST_INDEX)):
         return None
     bad = (i for i, gradient in enumerate(bucket.gradients()) if not bool(torch.isfinite(gradient).all()))
     return next(bad, None)
