@@ -117,9 +117,8 @@ class Exchange:
             try:
                 with record_function("distopt::decode"):
                     self._arrive(bucket, plan, header, departed)
-            except (
-                DistoptError
-            ) as error:  # raised at optimizer.step(): from here the user would see a bare RuntimeError
+            except DistoptError as error:
+                # Raised at optimizer.step(): from here the user would see a bare RuntimeError.
                 self.failure = self.failure or error
                 buffer.zero_()
             self._statistics.add(seconds_decoding=time.perf_counter() - began)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from distopt.compress import Header
+from distopt.compress import Header, allgather_bytes
 from distopt.ddp.bucket import Bucket
 from distopt.ddp.exchange import Exchange
 from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
@@ -210,6 +210,8 @@ class CommHook:
                 first = self._order[plan.slots[position].tracked.name]
                 break
         reports = agree_on_nonfinite(first, self._names, self._group, waiting[0][0].buffer().device)
+        status = torch.int32.itemsize
+        self.statistics.add(bytes_sent=status, link_bytes_sent=allgather_bytes(self._group.size(), status))
         if not reports:
             return False
         self.left_out = True
