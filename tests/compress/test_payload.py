@@ -37,7 +37,7 @@ layouts = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(chosen=layouts, data=st.data())
 def test_round_trip(chosen, data):
     header = Header(
@@ -74,7 +74,7 @@ def test_bytes_are_header_plus_indices_plus_values_plus_less_than_one_item():
         assert chosen.nbytes % max(4, dtype.itemsize) == 0  # so that the next rank's payload is aligned too
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sent=layouts, expected=layouts)
 def test_a_payload_of_another_layout_is_refused(sent, expected):
     if sent == expected:
