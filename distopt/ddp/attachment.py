@@ -16,7 +16,7 @@ from distopt.ddp.compatibility import agree, fingerprint, synchronised_parameter
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale, StepPolicy
 from distopt.ddp.join import keep_decay_in_step
-from distopt.ddp.memory import Memory, MomentumCorrection, NoMemory
+from distopt.ddp.memory import Memory, MomentumCorrection
 from distopt.ddp.parameters import TrackedParameter, flat_like, shaped_like
 from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.takeover import Hyperparameters, Takeover
@@ -217,15 +217,12 @@ class Attachment:
         optimized = self._optimized(parameters)
         tracked = []
         for name, parameter in parameters.items():
-            if name not in optimized:  # somebody else's: DDP's average, unchanged
-                tracked.append(TrackedParameter(name=name, parameter=parameter, memory=NoMemory()))
-                continue
-            hyper = optimized[name]
+            hyper = optimized.get(name, Hyperparameters())
             local = self.algorithm.decays_locally()
             decay = None
             if hyper.weight_decay and not local:
                 decay = DecayMomentum(parameter, hyper.weight_decay, hyper.momentum, hyper.nesterov)
-            density = densities[name]
+            density = densities[name] if name in optimized else None  # another optimizer's are sent whole
             tracked.append(
                 TrackedParameter(
                     name=name,
@@ -299,5 +296,8 @@ class Attachment:
                 device.type,
             )
         if self.process_group.rank() == 0:
+            foreign = len(self._tracked) - len(self._optimized({e.name: e.parameter for e in self._tracked}))
+            if foreign:
+                _log.warning("%d parameters of the model are not in this optimizer: they are sent whole", foreign)
             taken = f"; took over {self._takeover.describe()}, now 0 in the optimizer" if self._takeover else ""
             _log.info("attached %s to %d parameters%s", self.algorithm.to_dict(), len(self._tracked), taken)
