@@ -29,6 +29,7 @@ from distopt.cli.machine import machine, versions
 from distopt.cli.report import COLOURS
 
 EPOCHS = {"cnn": 12, "mlp": 20}  # near each model's plateau
+LEARNING_RATES = {"cnn": 0.05, "mlp": 0.03}  # at the start; falls to 0 along a cosine
 METHODS = (DENSE, TOPK, DGC)
 TARGET_POINTS = 0.3  # DGC may lose this much against dense
 
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32, help="images per rank and step")
     parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
-    parser.add_argument("--lr", type=float, default=0.05, help="at the start; falls to 0 along a cosine")
+    parser.add_argument("--lr", type=float, help=f"at the start, falls to 0 along a cosine; default: {LEARNING_RATES}")
     parser.add_argument(
         "--warmup", type=float, default=0.02, help="part of all steps that each of 4 warm-up stages takes"
     )
@@ -149,8 +150,8 @@ def main() -> None:
     for seed in range(options.seeds):
         for model in options.models:
             settings = Settings(
-                model=model, data=options.data, ranks=options.ranks, batch=options.batch, lr=options.lr, seed=seed,
-                epochs=options.epochs or EPOCHS[model],
+                model=model, data=options.data, ranks=options.ranks, batch=options.batch, seed=seed,
+                lr=options.lr or LEARNING_RATES[model], epochs=options.epochs or EPOCHS[model],
             )  # fmt: skip
             stage = round(options.warmup * settings.steps_for(data))
             settings = dataclasses.replace(settings, warmup_stage=stage)
@@ -161,6 +162,7 @@ def main() -> None:
         "data": data.name,
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "results", "data")},
         "epochs": {model: options.epochs or EPOCHS[model] for model in options.models},
+        "learning_rates": {model: options.lr or LEARNING_RATES[model] for model in options.models},
         "parameters": {model: results[0][0]["parameters"] for model, results in trained.items()},
         "machine": machine(),
         "versions": versions(),

@@ -290,14 +290,18 @@ class Attachment:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _announce(self, device: torch.device) -> None:
-        if device.type != "cpu":
-            _log.warning(
-                "the model is on %s and distopt has no kernels for it: selection uses torch's own operations",
-                device.type,
-            )
+        announce_device(device)
         if self.process_group.rank() == 0:
             foreign = len(self._tracked) - len(self._optimized({e.name: e.parameter for e in self._tracked}))
             if foreign:
                 _log.warning("%d parameters of the model are not in this optimizer: they are sent whole", foreign)
             taken = f"; took over {self._takeover.describe()}, now 0 in the optimizer" if self._takeover else ""
             _log.info("attached %s to %d parameters%s", self.algorithm.to_dict(), len(self._tracked), taken)
+
+
+def announce_device(device: torch.device) -> None:
+    """Says so where selection will be torch's own operations instead of the native kernels."""
+    if device.type != "cpu":
+        _log.warning(
+            "the model is on %s and distopt has no kernels for it: selection uses torch's own operations", device.type
+        )
