@@ -49,11 +49,12 @@ struct Avx2Vec {
   }
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static bool any_above(I key, int32_t bound) { return above(key, bound) != 0; }
-  static int append(I key, int32_t bound, int32_t first, int32_t* index, int32_t* keys) {
+  static int count_above(I key, int32_t bound) { return __builtin_popcount(above(key, bound)); }
+  static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
     alignas(32) int32_t lane[kWidth];
     _mm256_store_si256(reinterpret_cast<I*>(lane), key);
     int n = 0;
-    for (unsigned left = above(key, bound); left; left &= left - 1, ++n) {
+    for (unsigned left = above(key, bound) & ~above(key, ceiling); left; left &= left - 1, ++n) {
       const int j = __builtin_ctz(left);
       index[n] = first + j;
       keys[n] = lane[j];
@@ -71,7 +72,7 @@ struct Avx2Vec {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {pass_any<Avx2Vec>, finite16, finite32, finite64};
+const Kernels kAvx2Kernels = {pass_any<Avx2Vec>, collect_any<Avx2Vec>, finite16, finite32, finite64};
 
 }  // namespace distopt::cpu
 

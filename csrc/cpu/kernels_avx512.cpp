@@ -49,9 +49,10 @@ struct Avx512Vec {
   }
   static I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static bool any_above(I key, int32_t bound) { return above(key, bound) != 0; }
-  static int append(I key, int32_t bound, int32_t first, int32_t* index, int32_t* keys) {
+  static int count_above(I key, int32_t bound) { return __builtin_popcount(above(key, bound)); }
+  static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
     // Compress in a register, then store whole: a compressing store to memory takes hundreds of cycles on Zen 4.
-    const __mmask16 mask = above(key, bound);
+    const __mmask16 mask = _kandn_mask16(above(key, ceiling), above(key, bound));
     const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const I indices = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
     _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(mask, indices));
@@ -66,7 +67,7 @@ struct Avx512Vec {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {pass_any<Avx512Vec>, finite16, finite32, finite64};
+const Kernels kAvx512Kernels = {pass_any<Avx512Vec>, collect_any<Avx512Vec>, finite16, finite32, finite64};
 
 }  // namespace distopt::cpu
 

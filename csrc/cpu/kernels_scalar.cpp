@@ -43,9 +43,13 @@ struct PortableVec {
     __builtin_memcpy(halves, &above, sizeof halves);
     return (halves[0] | halves[1]) != 0;
   }
-  static int append(I key, int32_t bound, int32_t first, int32_t* index, int32_t* keys) {
+  static int count_above(I key, int32_t bound) {
+    const I above = key > set1(bound);
+    return -(above[0] + above[1] + above[2] + above[3]);
+  }
+  static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
     int n = 0;
-    for (int j = 0; j < kWidth; ++j) n += ScalarVec::append(key[j], bound, first + j, index + n, keys + n);
+    for (int j = 0; j < kWidth; ++j) n += ScalarVec::append(key[j], bound, ceiling, first + j, index + n, keys + n);
     return n;
   }
 
@@ -55,6 +59,6 @@ struct PortableVec {
 
 }  // namespace
 
-const Kernels kScalarKernels = {pass_any<PortableVec>, finite16, finite32, finite64};
+const Kernels kScalarKernels = {pass_any<PortableVec>, collect_any<PortableVec>, finite16, finite32, finite64};
 
 }  // namespace distopt::cpu

@@ -3,8 +3,8 @@
 //
 // Included by each kernels_*.cpp after its Vec, inside the reach of its target options; everything here is local to
 // that file. Vec gives kWidth lanes, load, store (returns what the memory now holds), add, mul, set1, key, max,
-// any_above and append. Products and sums round separately (-ffp-contract=off): results equal the reference bit for
-// bit.
+// any_above, count_above and append. Products and sums round separately (-ffp-contract=off): results equal the
+// reference bit for bit.
 #pragma once
 
 #include "kernels.h"
@@ -45,7 +45,9 @@ inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
   auto* u = static_cast<S*>(job.u);
   auto* v = static_cast<S*>(job.v);
   const auto momentum = Vec::set1(job.momentum);
+  const int32_t ceiling = c.ceiling;
   int32_t bound = c.bound;
+  int64_t num_over_ceiling = 0;
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
     // 1. Update a block and look at its largest key: at low density most blocks end here.
@@ -54,16 +56,18 @@ inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
     auto largest = key[0];
     for (int j = 1; j < kUnroll; ++j) largest = Vec::max(largest, key[j]);
     if (!Vec::any_above(largest, bound)) continue;
-    // 2. Make room if needed, then append what is above the bound.
+    // 2. Make room if needed, then append what is above the bound, up to the ceiling.
     if (c.count + kBlock > c.capacity) {
-      cut(c);
+      make_room(c);
       bound = c.bound;
     }
     for (int j = 0; j < kUnroll; ++j) {
-      c.count +=
-          Vec::append(key[j], bound, static_cast<int32_t>(i + j * Vec::kWidth), c.index + c.count, c.key + c.count);
+      const auto first = static_cast<int32_t>(i + j * Vec::kWidth);
+      num_over_ceiling += Vec::count_above(key[j], ceiling);
+      c.count += Vec::append(key[j], bound, ceiling, first, c.index + c.count, c.key + c.count);
     }
   }
+  c.num_over_ceiling += num_over_ceiling;
   return i;
 }
 
@@ -112,6 +116,35 @@ void pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
     case DType::kFloat16:
       return pass<Vec, Update::kNone, float, Float16>(job, begin, end, c);
   }
+}
+
+// The positions of v whose key is above the bound.
+template <class Vec, class S>
+int64_t collect(const S* v, int64_t begin, int64_t end, int32_t bound, int32_t* indices, int64_t room) {
+  int64_t kept = 0, i = begin;
+  int32_t unused_keys[Vec::kWidth];
+  for (; i + Vec::kWidth <= end && kept + Vec::kWidth <= room; i += Vec::kWidth) {  // append may write a whole vector
+    const auto key = Vec::key(Vec::load(v + i));
+    kept += Vec::append(key, bound, kNoCeiling, static_cast<int32_t>(i), indices + kept, unused_keys);
+  }
+  for (; i < end && kept < room; ++i) {
+    const int32_t key = ScalarVec::key(ScalarVec::load(v + i));
+    kept += ScalarVec::append(key, bound, kNoCeiling, static_cast<int32_t>(i), indices + kept, unused_keys);
+  }
+  return kept;
+}
+
+template <class Vec>
+int64_t collect_any(const Job& job, int64_t begin, int64_t end, int32_t bound, int32_t* indices, int64_t room) {
+  switch (job.state_dtype) {
+    case DType::kFloat32:
+      return collect<Vec>(static_cast<const float*>(job.v), begin, end, bound, indices, room);
+    case DType::kBFloat16:
+      return collect<Vec>(static_cast<const BFloat16*>(job.v), begin, end, bound, indices, room);
+    case DType::kFloat16:
+      return collect<Vec>(static_cast<const Float16*>(job.v), begin, end, bound, indices, room);
+  }
+  return 0;
 }
 
 // Blocks large enough to vectorise, small enough to stop early.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "select.h"
+
 namespace distopt::cpu {
 namespace {
 
@@ -15,7 +17,7 @@ inline int32_t find_digit(const int32_t* histogram, int bins, int64_t* rank) {
 
 // key_at(i) gives the key of entry i, in [0, 2^31).
 template <class KeyAt>
-int32_t radix_kth_largest(KeyAt key_at, int64_t n, int64_t k, int64_t* num_above) {
+Threshold radix_threshold(KeyAt key_at, int64_t n, int64_t k) {
   constexpr int kShift[] = {20, 10, 0};
   constexpr int kBits[] = {11, 10, 10};
   int64_t rank = k;
@@ -31,8 +33,10 @@ int32_t radix_kth_largest(KeyAt key_at, int64_t n, int64_t k, int64_t* num_above
     // 2. Walk down from the largest digit to the one that holds the rank.
     prefix = prefix << bits | find_digit(histogram, bins, &rank);
   }
-  *num_above = k - rank;
-  return prefix;
+  // 3. Of the entries equal to it, as many as the rank says; the first ones.
+  int64_t position = -1;
+  for (int64_t ties = rank; ties > 0;) ties -= key_at(++position) == prefix;
+  return {prefix, position};
 }
 
 }  // namespace

@@ -32,6 +32,18 @@ int32_t new_key(const Job& job, int64_t i) {
   return key_of(v + ((u + g) * job.momentum + g));
 }
 
+// The rank at which a sample of `size` holds k of n, and five standard deviations of it.
+struct Rank {
+  double expected;
+  double margin;
+};
+
+Rank rank_in_sample(int64_t size, int64_t n, int64_t k) {
+  const double part = static_cast<double>(k) / static_cast<double>(n);
+  const double expected = static_cast<double>(size) * part;
+  return {expected, 5 * std::sqrt(expected * (1 - part))};
+}
+
 }  // namespace
 
 int64_t sample_size(int64_t n, int64_t k) {
@@ -42,20 +54,25 @@ int64_t sample_size(int64_t n, int64_t k) {
   return std::min(std::max(kWantedAbove * (n / k), kAtLeast), n / 128);
 }
 
-int32_t sample_bound(const Job& job, int64_t n, int64_t k, int32_t* keys, int64_t size) {
-  // 1. One position per stretch.
+void sample_keys(const Job& job, int64_t n, int32_t* keys, int64_t size) {
   const int64_t stretch = n / size;
   for (int64_t i = 0; i < size; ++i) {
     const uint64_t hash = static_cast<uint32_t>(i) * 2654435761u;  // Knuth's multiplicative hash
     keys[i] = new_key(job, i * stretch + static_cast<int64_t>((hash * static_cast<uint64_t>(stretch)) >> 32));
   }
-  // 2. The rank at which the sample holds k of n, and the margin.
-  const double expected = static_cast<double>(size) * static_cast<double>(k) / static_cast<double>(n);
-  const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected))) + 1;
-  if (rank >= size) return kAcceptAll;
-  // 3. One below that sample, so that keys equal to it pass: they may all be needed when many are equal.
-  int64_t num_above = 0;
-  return kth_largest(keys, size, rank, &num_above) - 1;
+}
+
+int32_t bound_from_sample(const int32_t* keys, int64_t size, int64_t n, int64_t k) {
+  const Rank rank = rank_in_sample(size, n, k);
+  const auto low = static_cast<int64_t>(std::ceil(rank.expected + rank.margin)) + 1;
+  // One below that sample, so that keys equal to it pass: they may all be needed when many are equal.
+  return low < size ? threshold(keys, size, low).key - 1 : kAcceptAll;
+}
+
+int32_t ceiling_from_sample(const int32_t* keys, int64_t size, int64_t n, int64_t k) {
+  const Rank rank = rank_in_sample(size, n, k);
+  const auto high = static_cast<int64_t>(std::floor(rank.expected - rank.margin)) - 1;
+  return high > 0 ? threshold(keys, size, high).key : kNoCeiling;
 }
 
 }  // namespace distopt::cpu

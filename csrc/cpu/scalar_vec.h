@@ -25,10 +25,11 @@ struct ScalarVec {
   static I key(F x) { return key_of(x); }
   static I max(I a, I b) { return a > b ? a : b; }
   static bool any_above(I key, int32_t bound) { return key > bound; }
-  static int append(I key, int32_t bound, int32_t first, int32_t* index, int32_t* keys) {
+  static int count_above(I key, int32_t bound) { return key > bound; }
+  static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
     *index = first;
     *keys = key;
-    return key > bound;
+    return key > bound && key <= ceiling;
   }
 };
 

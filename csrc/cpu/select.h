@@ -5,6 +5,9 @@
 // ties with it has a higher index and loses, so "strictly above" is exact. Time is linear for every input, also for
 // constant or ascending ones, because a cut happens at most once per (capacity - k) entries.
 //
+// With a ceiling, keys above it are counted, not kept: when k is a large part of all, only the few keys between bound
+// and ceiling need to be looked at to find the k-th.
+//
 // The keys are the bits of |x| (dtypes.h). Source of the digit-wise search: the radix select of RAFT's select_k.
 #pragma once
 
@@ -12,26 +15,38 @@
 
 namespace distopt::cpu {
 
+inline constexpr int32_t kAcceptAll = -1;
+inline constexpr int32_t kAcceptNone = 0x7fffffff;
+inline constexpr int32_t kNoCeiling = 0x7fffffff;
+
 struct Candidates {
   int32_t* index;
   int32_t* key;
-  int64_t count;
   int64_t capacity;
   int64_t k;
   int32_t bound;
+  int32_t ceiling = kNoCeiling;
+  int64_t count = 0;
+  int64_t num_over_ceiling = 0;
 };
 
 // Passes append at most this many entries between two looks at the capacity.
 inline constexpr int64_t kBlock = 64;
 
-inline constexpr int32_t kAcceptAll = -1;
-inline constexpr int32_t kAcceptNone = 0x7fffffff;
-
 // The k best of the candidates, in place, still in ascending index order; bound becomes the k-th key. Needs count >= k
 // >= 1.
 void cut(Candidates& c);
 
-// The k-th largest of n keys, k in [1, n]. *num_above is how many keys are larger than it.
-int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int64_t* num_above);
+// What a pass does when the buffer is full: cuts, or, where a ceiling says that the bracket was too wide, gives up.
+void make_room(Candidates& c);
+
+// Which of n keys are the k largest: those above `key`, and those equal to it up to position `last_tie`.
+struct Threshold {
+  int32_t key;
+  int64_t last_tie;
+};
+
+// k in [1, n].
+Threshold threshold(const int32_t* keys, int64_t n, int64_t k);
 
 }  // namespace distopt::cpu

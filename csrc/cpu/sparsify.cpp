@@ -12,8 +12,8 @@
 namespace distopt::cpu {
 namespace {
 
-// Above this density candidates would fill a large part of the memory of v: select on v itself.
-constexpr int64_t kDenseFraction = 16;
+// Above this density candidates would fill a large part of the memory of v: find the k-th key first, then collect.
+constexpr int64_t kManyFraction = 32;
 constexpr int64_t kAlwaysCollect = 1 << 14;
 
 // Few of many: the pass that updates also collects.
@@ -24,8 +24,11 @@ void select_by_candidates(const Job& job, int64_t n, int64_t k, int32_t* indices
   Workspace& workspace = Workspace::of_this_thread();
   workspace.reserve(std::max(capacity, samples));
   // 2. A bound from a sample of the new v, 3. the fused pass.
-  const int32_t bound = samples ? sample_bound(job, n, k, workspace.key.get(), samples) : kAcceptAll;
-  Candidates c{workspace.index.get(), workspace.key.get(), 0, capacity, k, bound};
+  Candidates c{workspace.index.get(), workspace.key.get(), capacity, k, kAcceptAll};
+  if (samples) {
+    sample_keys(job, n, c.key, samples);
+    c.bound = bound_from_sample(c.key, samples, n, k);
+  }
   kernels().pass(job, 0, n, c);
   // 4. Too few passed (rare): read v once more, without a bound. The cuts keep this linear.
   if (c.count < k) {
@@ -40,39 +43,60 @@ void select_by_candidates(const Job& job, int64_t n, int64_t k, int32_t* indices
   std::copy_n(c.index, k, indices);
 }
 
-// Many of many: find the k-th key on v itself, then collect in a last pass. No workspace.
 template <class S>
-void select_dense(const S* v, int64_t n, int64_t k, int32_t* indices) {
-  int64_t num_above = 0;
-  const auto key_at = [v](int64_t i) { return key_of(load(v + i)); };
-  const int32_t kth = radix_kth_largest(key_at, n, k, &num_above);
-  int64_t ties_left = k - num_above;
-  for (int64_t i = 0, kept = 0; kept < k; ++i) {
-    const int32_t key = key_at(i);
-    const bool tie = key == kth && ties_left > 0;
-    ties_left -= tie;
-    indices[kept] = static_cast<int32_t>(i);
-    kept += key > kth || tie;
+Threshold threshold_of(const S* v, int64_t n, int64_t k) {
+  return radix_threshold([v](int64_t i) { return key_of(load(v + i)); }, n, k);
+}
+
+Threshold threshold_of_state(const Job& job, int64_t n, int64_t k) {
+  switch (job.state_dtype) {
+    case DType::kFloat32:
+      return threshold_of(static_cast<const float*>(job.v), n, k);
+    case DType::kBFloat16:
+      return threshold_of(static_cast<const BFloat16*>(job.v), n, k);
+    case DType::kFloat16:
+      return threshold_of(static_cast<const Float16*>(job.v), n, k);
   }
+  return {};
+}
+
+// Many of many: the pass that updates keeps only what may be the k-th, a second one collects.
+void select_by_threshold(const Job& job, int64_t n, int64_t k, int32_t* indices) {
+  // 1. A bracket around the k-th key, from a sample of the new v. It holds a few percent of all keys, or else is given
+  // up.
+  const int64_t samples = std::max<int64_t>(4096, n / 256);
+  const int64_t capacity = n / 8 + kBlock;
+  Workspace& workspace = Workspace::of_this_thread();
+  workspace.reserve(std::max(capacity, samples));
+  Candidates c{workspace.index.get(), workspace.key.get(), capacity, k, kAcceptAll};
+  sample_keys(job, n, c.key, samples);
+  const int32_t bound = bound_from_sample(c.key, samples, n, k);
+  c.ceiling = ceiling_from_sample(c.key, samples, n, k);
+  c.bound = bound;
+  // 2. The fused pass; the k-th key among the candidates, or (rare) among all.
+  kernels().pass(job, 0, n, c);
+  const int64_t wanted = k - c.num_over_ceiling;
+  Threshold least;
+  if (wanted >= 1 && wanted <= c.count) {
+    least = threshold(c.key, c.count, wanted);
+    least.last_tie = c.index[least.last_tie];
+  } else {
+    least = threshold_of_state(job, n, k);
+  }
+  // 3. Ties belong to the k largest up to the last one that fits.
+  const int64_t so_far = kernels().collect(job, 0, least.last_tie + 1, least.key - 1, indices, k);
+  kernels().collect(job, least.last_tie + 1, n, least.key, indices + so_far, k - so_far);
 }
 
 void update_only(const Job& job, int64_t n) {
-  Candidates none{nullptr, nullptr, 0, kBlock, 0, kAcceptNone};
+  Candidates none{nullptr, nullptr, kBlock, 0, kAcceptNone};
   if (job.update != Update::kNone) kernels().pass(job, 0, n, none);
 }
 
 void select(const Job& job, int64_t n, int64_t k, int32_t* indices) {
   if (k == 0) return update_only(job, n);
-  if (n <= kAlwaysCollect || k <= n / kDenseFraction) return select_by_candidates(job, n, k, indices);
-  update_only(job, n);
-  switch (job.state_dtype) {
-    case DType::kFloat32:
-      return select_dense(static_cast<const float*>(job.v), n, k, indices);
-    case DType::kBFloat16:
-      return select_dense(static_cast<const BFloat16*>(job.v), n, k, indices);
-    case DType::kFloat16:
-      return select_dense(static_cast<const Float16*>(job.v), n, k, indices);
-  }
+  if (n <= kAlwaysCollect || k <= n / kManyFraction) return select_by_candidates(job, n, k, indices);
+  select_by_threshold(job, n, k, indices);
 }
 
 template <class T>

@@ -99,21 +99,32 @@ def test_all_finite(kind, n, seed, dtype):
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "ascending"])
 def test_a_million(kind):
-    for k in (1, 1000):
+    for k in (1, 1000, 400_000):
         check_dgc((kind,) * 3, 1_000_000, k, 0, torch.float32, torch.float32, momentum=0.9)
 
 
-def test_a_sample_that_misleads():
-    # Large values exactly where csrc/cpu/sample.cpp looks: the bound is then too high, fewer than k pass, and the
-    # second reading has to find the rest.
-    n, k = 70_001, 1_000
-    size = min(max(16 * (n // k), 4096), n // 128)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("n", [16_385, 70_001])
+def test_many_of_many(kind, n):
+    # Above 1/32 the threshold is found in a bracket, and a second pass collects.
+    for fraction in (0.04, 0.25, 0.5, 0.9):
+        check_dgc((kind, "normal", kind), n, count(n, fraction), 0, torch.float32, torch.float32, momentum=0.9)
+        check_ef((kind, kind), n, count(n, fraction), 0, torch.bfloat16, torch.bfloat16)
+        check_topk(kind, n, count(n, fraction), 0, torch.float32)
+    check_topk(kind, n, n - 1, 0, torch.float16)
+
+
+@pytest.mark.parametrize(("size", "k"), [(546, 1_000), (4_096, 10_000)])
+@pytest.mark.parametrize("factor", [100.0, 1e-3])
+def test_a_sample_that_misleads(size, k, factor):
+    # Other values exactly where csrc/cpu/sample.cpp looks, at low and high density: the k-th key is then not where the
+    # sample says, and another reading has to find it.
+    n = 70_001
     stretch = n // size
     i = torch.arange(size)
     positions = i * stretch + ((i * 2654435761 % 2**32) * stretch >> 32)
     x = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    x[positions] += 100
-    assert size < k
+    x[positions] *= factor
     check_all(("values", "indices"), reference.topk_abs(x, k), lambda: ops.topk_abs(x, k))
 
 
