@@ -1,7 +1,7 @@
 """Rounding of values for the wire, with the rounding error handed back so that nobody throws it away.
 
-A 16-bit value saturates at the format's largest finite number instead of becoming infinite: what was cut off is part
-of the error and stays with the sender.
+A 16-bit value saturates instead of becoming infinite, alone or in the sum over the ranks: what was cut off is part of
+the error and stays with the sender.
 """
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 WIRE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def round_to_wire(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def round_to_wire(values: Tensor, dtype: torch.dtype, *, summands: int = 1) -> tuple[Tensor, Tensor | None]:
     """Values as they travel, and what the receiver will not see.
 
     Args:
         values: Any shape, floating point.
         dtype: The dtype on the wire.
+        summands: How many such tensors the wire itself adds up in that dtype (an all-reduce: one per rank).
 
     Returns:
         The values in `dtype`, and `values - sent` in the dtype of values, or None if nothing is lost.
@@ -24,6 +25,8 @@ def round_to_wire(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | 
     if wide == dtype:
         return values.to(dtype), None
     largest = torch.finfo(dtype).max
+    if summands > 1:
+        largest /= 2 * summands  # half of the range is left to the rounding of partial sums
     exact = values.to(wide)  # bfloat16 and float16 lose something either way: neither holds the other
     sent = exact.clamp(-largest, largest).to(dtype)
     return sent, (exact - sent.to(wide)).to(values.dtype)

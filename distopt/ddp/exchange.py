@@ -19,7 +19,7 @@ from distopt.comm import all_gather, all_reduce_sum
 from distopt.compress import Header, round_to_wire
 from distopt.ddp.bucket import Bucket
 from distopt.ddp.parameters import shaped_like
-from distopt.ddp.plan import BucketPlan, Slot
+from distopt.ddp.plan import BucketPlan
 from distopt.ddp.statistics import Statistics
 from distopt.errors import DesyncError, DistoptError
 
@@ -68,24 +68,13 @@ class Exchange:
             header: This rank's status. With `nonfinite` set nothing of the gradient is used.
             unused: Positions of slots that this rank's backward pass did not reach.
         """
-        buffer = bucket.buffer()
         departed = _Departed()
         began = time.perf_counter()
         with record_function("distopt::select"):
             if header.nonfinite:
-                buffer.zero_()
-                for slot in plan.sparse:
-                    slot.tracked.memory.sit_out_()
-                indices, values = _nothing(plan, buffer)
-                dense = torch.zeros(plan.dense_numel, dtype=plan.dense_dtype, device=buffer.device)
+                indices, values, dense = _contribute_nothing(plan, bucket.buffer())
             else:
-                departed.snapshots = {
-                    position: slot.tracked.memory.snapshot()
-                    for position, slot in enumerate(plan.slots)
-                    if position in unused and slot.k
-                }
-                indices, values = _select(plan, buffer)
-                dense = self._dense_part(plan, buffer, indices, values, departed)
+                indices, values, dense = _contribute(plan, bucket.buffer(), unused, departed)
         self._statistics.add(
             seconds_selecting=time.perf_counter() - began,
             bytes_sent=plan.sent_bytes,
@@ -120,50 +109,11 @@ class Exchange:
             except DistoptError as error:
                 # Raised at optimizer.step(): from here the user would see a bare RuntimeError.
                 self.failure = self.failure or error
-                buffer.zero_()
+                bucket.buffer().zero_()
             self._statistics.add(seconds_decoding=time.perf_counter() - began)
-            return buffer
+            return bucket.buffer()
 
         return torch.futures.collect_all(futures).then(arrived)
-
-    def _dense_part(
-        self, plan: BucketPlan, buffer: Tensor, indices: Tensor, values: Tensor, departed: _Departed
-    ) -> Tensor:
-        """What is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype."""
-        share = 1.0 / plan.num_ranks
-        parts = [tensor for slot in plan.whole for tensor in slot.tracked.memory.outgoing(slot.of(buffer))]
-        in_place = len(parts) == len(plan.slots) and all(
-            part.data_ptr() == slot.of(buffer).data_ptr() for part, slot in zip(parts, plan.slots, strict=True)
-        )
-        if in_place and plan.dense_dtype == buffer.dtype:
-            return buffer.mul_(share)
-        if plan.selected_on_dense_wire:
-            scattered = torch.zeros(plan.numel, dtype=values.dtype, device=buffer.device)
-            scattered[indices.long()] = values
-            parts += [slot.of(scattered) for slot in plan.sparse]
-        if not parts:
-            return buffer[:0]
-        whole = torch.cat([part.to(torch.promote_types(part.dtype, plan.dense_dtype)) for part in parts]).mul_(share)
-        dense, error = round_to_wire(whole, plan.dense_dtype)
-        if error is not None:
-            self._remember_errors(plan, error.mul_(plan.num_ranks), indices, departed)
-        return dense
-
-    def _remember_errors(self, plan: BucketPlan, error: Tensor, indices: Tensor, departed: _Departed) -> None:
-        """Hands rounding errors of the dense wire back: at once for selected entries, on arrival for whole tensors."""
-        position = 0
-        for index, slot in enumerate(plan.slots):
-            if not slot.k:
-                numel = slot.stop - slot.start
-                departed.whole_errors[index] = error[position : position + numel]
-                position += numel * slot.num_outgoing
-        taken = 0
-        for slot in plan.sparse if plan.selected_on_dense_wire else ():
-            numel = slot.stop - slot.start
-            own = indices[taken : taken + slot.k] - slot.start
-            slot.tracked.memory.give_back_(own, error[position : position + numel][own.long()])
-            position += numel
-            taken += slot.k
 
     def _arrive(self, bucket: Bucket, plan: BucketPlan, header: Header, departed: _Departed) -> None:
         """Decodes what all ranks sent, in rank order, so that every rank computes the same bits."""
@@ -181,7 +131,7 @@ class Exchange:
                 indices, values = plan.layout.unpack(payload)
                 ops.scatter_add_(update, indices, values.to(update.dtype).mul_(1.0 / plan.num_ranks))
         if departed.reduced is not None:
-            self._settle(plan, departed, update, used)
+            _settle(plan, departed.reduced, departed.whole_errors, update, used)
         for position, slot in enumerate(plan.slots):
             if not used[position]:
                 slot.of(update).zero_()  # DDP leaves p.grad alone, but the buffer may be p.grad
@@ -193,29 +143,6 @@ class Exchange:
                 slot.tracked.decay.apply_(slot.of(update), parameter, shaped_like(slot.of(update), parameter))
         if update is not buffer:
             buffer.copy_(update)
-
-    def _settle(self, plan: BucketPlan, departed: _Departed, update: Tensor, used: list[bool]) -> None:
-        """Distributes the all-reduced tensor: momenta of whole tensors, then selected entries that came this way."""
-        assert departed.reduced is not None
-        position = 0
-
-        def take(slot: Slot) -> Tensor:
-            nonlocal position
-            position += slot.stop - slot.start
-            assert departed.reduced is not None
-            return departed.reduced[position - (slot.stop - slot.start) : position]
-
-        for index, slot in enumerate(plan.slots):
-            if slot.k:
-                continue
-            averaged = [take(slot) for _ in range(slot.num_outgoing)]
-            if used[index]:
-                settled = slot.tracked.memory.settle_(averaged, departed.whole_errors.get(index))
-                if settled.data_ptr() != slot.of(update).data_ptr():  # plain averaging works in place
-                    slot.of(update).copy_(settled)
-        if plan.selected_on_dense_wire:
-            for slot in plan.sparse:
-                slot.of(update).copy_(take(slot))
 
     def _read_headers(self, plan: BucketPlan, header: Header, gathered: Tensor | None) -> tuple[list[bool], bool]:
         """Checks that all ranks are in the same step.
@@ -249,6 +176,28 @@ class Exchange:
         return self._workspaces[key]
 
 
+def _contribute(
+    plan: BucketPlan, buffer: Tensor, unused: frozenset[int], departed: _Departed
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What this rank sends: indices and values (count,), and the dense part. Takes the gradient into the memories."""
+    departed.snapshots = {
+        position: slot.tracked.memory.snapshot()
+        for position, slot in enumerate(plan.slots)
+        if position in unused and slot.k
+    }
+    indices, values = _select(plan, buffer)
+    return indices, values, _dense_part(plan, buffer, indices, values, departed)
+
+
+def _contribute_nothing(plan: BucketPlan, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same sizes, for a gradient that must not be used: adds nothing."""
+    buffer.zero_()
+    for slot in plan.sparse:
+        slot.tracked.memory.sit_out_()
+    indices, values = _nothing(plan, buffer)
+    return indices, values, torch.zeros(plan.dense_numel, dtype=plan.dense_dtype, device=buffer.device)
+
+
 def _select(plan: BucketPlan, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """Indices into the bucket, ascending, int32, and values as they will be sent; shapes (count,)."""
     if not plan.count:
@@ -268,3 +217,55 @@ def _nothing(plan: BucketPlan, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros at the first positions: a contribution of the right size that adds nothing."""
     indices = torch.arange(plan.count, dtype=torch.int32, device=buffer.device)
     return indices, torch.zeros(plan.count, dtype=plan.value_dtype, device=buffer.device)
+
+
+def _dense_part(plan: BucketPlan, buffer: Tensor, indices: Tensor, values: Tensor, departed: _Departed) -> Tensor:
+    """What is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype."""
+    share = 1.0 / plan.num_ranks
+    parts = [tensor for slot in plan.whole for tensor in slot.tracked.memory.outgoing(slot.of(buffer))]
+    in_place = len(parts) == len(plan.slots) and all(
+        part.data_ptr() == slot.of(buffer).data_ptr() for part, slot in zip(parts, plan.slots, strict=True)
+    )
+    if in_place and plan.dense_dtype == buffer.dtype:
+        return buffer.mul_(share)
+    if plan.selected_on_dense_wire:
+        scattered = torch.zeros(plan.numel, dtype=values.dtype, device=buffer.device)
+        scattered[indices.long()] = values
+        parts += [slot.of(scattered) for slot in plan.sparse]
+    if not parts:
+        return buffer[:0]
+    whole = torch.cat([part.to(torch.promote_types(part.dtype, plan.dense_dtype)) for part in parts]).mul_(share)
+    dense, error = round_to_wire(whole, plan.dense_dtype, summands=plan.num_ranks)
+    if error is not None:
+        _remember_errors(plan, error.mul_(plan.num_ranks), indices, departed)
+    return dense
+
+
+def _remember_errors(plan: BucketPlan, error: Tensor, indices: Tensor, departed: _Departed) -> None:
+    """Hands rounding errors of the dense wire back: at once for selected entries, on arrival for whole tensors."""
+    taken = 0
+    for section in plan.dense_sections:
+        slot, part = plan.slots[section.slot], error[section.start : section.stop]
+        if slot.k:
+            own = indices[taken : taken + slot.k] - slot.start
+            slot.tracked.memory.give_back_(own, part[own.long()])
+            taken += slot.k
+        elif section.part == 0:
+            departed.whole_errors[section.slot] = part
+
+
+def _settle(
+    plan: BucketPlan, reduced: Tensor, whole_errors: dict[int, Tensor], update: Tensor, used: list[bool]
+) -> None:
+    """Distributes the all-reduced tensor: momenta of whole tensors, and selected entries that came this way."""
+    averaged: dict[int, list[Tensor]] = {}
+    for section in plan.dense_sections:
+        averaged.setdefault(section.slot, []).append(reduced[section.start : section.stop])
+    for position, tensors in averaged.items():
+        slot = plan.slots[position]
+        if slot.k:
+            slot.of(update).copy_(tensors[0])
+        elif used[position]:
+            settled = slot.tracked.memory.settle_(tensors, whole_errors.get(position))
+            if settled.data_ptr() != slot.of(update).data_ptr():  # plain averaging works in place
+                slot.of(update).copy_(settled)

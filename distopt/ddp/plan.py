@@ -39,6 +39,16 @@ class Slot:
         return flat[self.start : self.stop]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseSection:
+    """Where one tensor of one slot lies in the all-reduce: entries start to stop; `part` counts the slot's tensors."""
+
+    slot: int
+    part: int
+    start: int
+    stop: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WirePolicy:
     """How entries travel.
@@ -99,11 +109,23 @@ class BucketPlan:
         return sum(slot.k for slot in self.sparse)
 
     @cached_property
+    def dense_sections(self) -> tuple[DenseSection, ...]:
+        """What the all-reduce carries, in its order: the slots sent whole, then selected ones that go this way."""
+        owners = [(i, part) for i, slot in enumerate(self.slots) if not slot.k for part in range(slot.num_outgoing)]
+        if self.selected_on_dense_wire:
+            owners += [(i, 0) for i, slot in enumerate(self.slots) if slot.k]
+        sections = []
+        position = 0
+        for i, part in owners:
+            numel = self.slots[i].stop - self.slots[i].start
+            sections.append(DenseSection(i, part, position, position + numel))
+            position += numel
+        return tuple(sections)
+
+    @cached_property
     def dense_numel(self) -> int:
         """Entries of the all-reduce."""
-        whole = sum((slot.stop - slot.start) * slot.num_outgoing for slot in self.whole)
-        selected = sum(slot.stop - slot.start for slot in self.sparse) if self.selected_on_dense_wire else 0
-        return whole + selected
+        return self.dense_sections[-1].stop if self.dense_sections else 0
 
     @cached_property
     def sent_bytes(self) -> int:
