@@ -1,7 +1,9 @@
 """One checkpoint file per rank, with a manifest that says what is in it and whether it arrived whole.
 
-The files of a checkpoint lie in one directory that every rank can read. They are written beside their final name and
-renamed, so a crash leaves the old file. Nothing is unpickled on load but tensors and plain values.
+The files of a checkpoint lie in one directory that every rank can read. Each is written beside its final name and
+renamed, so a crash never leaves half of one. Ranks do not wait for each other: a crash between them leaves files of two
+steps, which `load` refuses, so give every checkpoint a directory of its own. Nothing is unpickled on load but tensors
+and plain values.
 """
 
 import hashlib
@@ -17,12 +19,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from distopt.errors import StateMismatchError
+from distopt.errors import DistoptError, StateMismatchError
 
 _FORMAT = 1
 
 
-class Stateful(Protocol):
+class Saveable(Protocol):
     """What can be saved: an attachment."""
 
     process_group: dist.ProcessGroup
@@ -33,13 +35,17 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes back the states of one or more ranks."""
 
+    def raise_together(self, problem: DistoptError | None) -> None:
+        """Raises on every rank if any rank has a problem. Collective."""
 
-def save(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
+
+def save(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
     """Writes this rank's state. Every rank must call it; it does not wait for the others.
 
     Args:
         attachment: What `attach` returned.
-        directory: Made if it does not exist; files of an earlier save with as many ranks are replaced.
+        directory: One for each checkpoint; made if it does not exist. Files of an earlier save with as many ranks are
+            replaced.
     """
     rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
     folder = Path(directory)
@@ -65,22 +71,29 @@ def save(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
             old.unlink()
 
 
-def load(attachment: Stateful, directory: str | os.PathLike[str]) -> None:
+def load(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
     """Takes a checkpoint back, also one of another number of ranks. Every rank must call it.
 
     Raises:
         StateMismatchError: A file is missing or damaged, or belongs to another model, algorithm or step.
+        CompatibilityError: Another rank cannot load; quotes why.
     """
     rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
     folder = Path(directory)
-    manifests = _manifests(folder)
-    loaded = [_read(folder, manifests[old]) for old in _dealt_out(len(manifests), rank, num_ranks)]
+    loaded: list[dict[str, Any]] = []
+    problem = None
+    try:
+        manifests = _manifests(folder)
+        loaded = [_read(folder, manifests[old]) for old in _dealt_out(len(manifests), rank, num_ranks)]
+    except StateMismatchError as error:
+        problem = error
+    attachment.raise_together(problem)
     merged = dict(loaded[0])
     merged["ranks"] = {old: memories for state in loaded for old, memories in state["ranks"].items()}
     attachment.load_state_dict(merged)
 
 
-def load_distributed(attachment: Stateful, checkpoint_id: str | os.PathLike[str], *, key: str = "distopt") -> None:
+def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str], *, key: str = "distopt") -> None:
     """Takes back what `torch.distributed.checkpoint.save({key: attachment, ...})` wrote, on any number of ranks.
 
     With the number of ranks it was saved on, `torch.distributed.checkpoint.load({key: attachment})` does the same; with

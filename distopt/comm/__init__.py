@@ -1,6 +1,6 @@
 """Who gets it: collectives on fixed-size tensors, and agreement between ranks without pickling anything."""
 
-from distopt.comm.agreement import gather_json
+from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.collectives import all_gather, all_reduce_sum
 
-__all__ = ["all_gather", "all_reduce_sum", "gather_json"]
+__all__ = ["all_gather", "all_reduce_sum", "gather_json", "raise_together"]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from distopt.comm.collectives import all_gather
+from distopt.errors import CompatibilityError, DistoptError
 
 
 def gather_json(fact: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
@@ -25,3 +26,25 @@ def gather_json(fact: Any, group: dist.ProcessGroup, device: torch.device) -> li
     texts, done = all_gather(padded, group)
     done.wait()
     return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(texts, lengths.view(-1), strict=True)]
+
+
+def raise_together(
+    problem: DistoptError | None, group: dist.ProcessGroup, device: torch.device, *, what: str = "cannot go on"
+) -> None:
+    """Raises on every rank if any rank has a problem, so that none waits for the others. Collective.
+
+    Args:
+        problem: Of this rank.
+        group: The ranks.
+        device: Where the group's backend wants its tensors.
+        what: What the rank with the problem cannot do, for the message of the others.
+
+    Raises:
+        DistoptError: The problem of this rank, or a `CompatibilityError` that quotes another's.
+    """
+    texts = gather_json(None if problem is None else str(problem), group, device)
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise CompatibilityError(f"rank {rank} {what}: {text}")

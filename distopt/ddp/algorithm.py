@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES
 from distopt.config import Algorithm, FrozenMapping, check_choice, check_density
 from distopt.ddp.attachment import Attachment
-from distopt.ddp.hook import LossScale, StepPolicy
+from distopt.ddp.densities import choose_densities
+from distopt.ddp.hook import LossScale
 from distopt.ddp.memory import Memory
-from distopt.ddp.plan import WirePolicy
-from distopt.ddp.policy import choose_densities
+from distopt.ddp.parameters import Hyperparameters
+from distopt.ddp.policy import StepPolicy, WirePolicy
 from distopt.ddp.schedule import Schedule
-from distopt.ddp.takeover import Hyperparameters
 from distopt.errors import ConfigError
 
 

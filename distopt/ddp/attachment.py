@@ -3,40 +3,29 @@
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt import ops
-from distopt.comm import all_reduce_sum
+from distopt.comm import raise_together
 from distopt.ddp import state as states
 from distopt.ddp.compatibility import agree, fingerprint, synchronised_parameters, unwrap_ddp
 from distopt.ddp.decay import DecayMomentum
-from distopt.ddp.hook import CommHook, LossScale, StepPolicy
+from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.join import keep_decay_in_step
-from distopt.ddp.memory import Memory, MomentumCorrection
-from distopt.ddp.parameters import TrackedParameter, flat_like, shaped_like
+from distopt.ddp.parameters import Hyperparameters, TrackedParameter
 from distopt.ddp.registration import HookSlot, claim_slot
-from distopt.ddp.takeover import Hyperparameters, Takeover
+from distopt.ddp.takeover import Takeover, averaged_momentum
 from distopt.ddp.unused import UsageTracker
-from distopt.errors import CompatibilityError, DistoptError
+from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
+
+if TYPE_CHECKING:
+    from distopt.ddp.algorithm import DDPAlgorithm  # which imports this module, to make attachments
 
 _log = logging.getLogger("distopt")
-
-
-class Attachable(Protocol):
-    """What an attachment asks of an algorithm; see `distopt.ddp.algorithm.DDPAlgorithm`."""
-
-    name: ClassVar[str]
-    corrects_momentum: bool
-
-    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def step_policy(self, *, tracks_usage: bool) -> StepPolicy: ...  # noqa: D102
-    def densities_for(self, parameters: Mapping[str, Tensor]) -> dict[str, float | None]: ...  # noqa: D102
-    def memory_for(self, parameter: Tensor, whole: bool, hyperparameters: Hyperparameters) -> Memory: ...  # noqa: D102
-    def decays_locally(self) -> bool: ...  # noqa: D102
 
 
 class Attachment:
@@ -49,7 +38,7 @@ class Attachment:
 
     def __init__(
         self,
-        algorithm: Attachable,
+        algorithm: "DDPAlgorithm",
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
@@ -61,7 +50,7 @@ class Attachment:
         self.process_group = process_group or ddp.process_group
         self._optimizer = optimizer
         self._scaled = scaler is not None and getattr(scaler, "is_enabled", lambda: True)()
-        device = next(ddp.module.parameters()).device
+        self._device = next(ddp.module.parameters()).device
 
         tracks_usage = bool(ddp.find_unused_parameters or ddp.static_graph)
         problem: DistoptError | None = None
@@ -85,7 +74,7 @@ class Attachment:
             slot = claim_slot(ddp)  # last: nothing of it can be taken back
         except DistoptError as error:
             problem = error
-        agree(own, problem, self.process_group, device)
+        agree(own, problem, self.process_group, self._device)
         assert slot is not None
 
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
@@ -100,10 +89,11 @@ class Attachment:
         self._undo_join = keep_decay_in_step(ddp, self.process_group, self._tracked)
         self._slot = slot
         self._slot.hook = self._hook
-        self._take_momentum_over()
+        if self._takeover is not None:
+            self._takeover.take(self._tracked)
         self._step_handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._attached = True
-        self._announce(device)
+        self._announce()
 
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a collective; under "last" those of the latest step.
@@ -135,7 +125,7 @@ class Attachment:
         the plain optimizer with momentum.
         """
         self._hook.sends_whole = True
-        _log.info("paused: the next step sends what was held back, then every gradient whole")
+        _log.info("paused: every gradient is sent whole from the next step on")
 
     def resume(self) -> None:
         """Compresses again from the next step on. Call it on every rank in the same step."""
@@ -151,6 +141,7 @@ class Attachment:
             "algorithm": self.algorithm.name,
             "world_size": self.process_group.size(),
             "step": self._hook.step,
+            "paused": self._hook.sends_whole,
             **states.collect(self._tracked, self.process_group.rank()),
         }
 
@@ -163,13 +154,23 @@ class Attachment:
         Raises:
             StateMismatchError: The state is of another model, algorithm, momentum or rank.
         """
-        states.check(state_dict, self._tracked, self.algorithm.name)
-        if state_dict["world_size"] == self.process_group.size():
+        problem = None
+        try:
+            states.check(state_dict, self._tracked, self.algorithm.name)
+        except StateMismatchError as error:
+            problem = error
+        if self._is_own_size(state_dict):
+            if problem is not None:
+                raise problem
             states.restore_own(state_dict, self._tracked, self.process_group.rank())
         else:
-            device = self._tracked[0].parameter.device
-            states.redistribute(state_dict, self._tracked, self.process_group, device)
-        self._hook.step = int(state_dict["step"])
+            self.raise_together(problem)
+            states.redistribute(state_dict, self._tracked, self.process_group, self._device)
+        self._hook.start_at(int(state_dict["step"]), sends_whole=bool(state_dict["paused"]))
+
+    def raise_together(self, problem: DistoptError | None) -> None:
+        """Raises on every rank if any rank has a problem, so that none waits for the others. Collective."""
+        raise_together(problem, self.process_group, self._device, what="cannot load")
 
     def detach(self) -> None:
         """Gives everything back: momentum and weight decay to the optimizer, plain averaging to DDP. Collective.
@@ -178,7 +179,7 @@ class Attachment:
         is dropped; to apply it first, take one step after `pause()`.
         """
         if self._attached:
-            self._release(self._averaged_momentum() if self._takeover else {})
+            self._release(averaged_momentum(self._tracked, self.process_group) if self._takeover else {})
 
     def __enter__(self) -> Self:
         return self
@@ -190,6 +191,10 @@ class Attachment:
             self.detach()
         elif self._attached:  # the other ranks may not be on their way here: no collective
             self._release({})
+
+    def _is_own_size(self, state_dict: Mapping[str, Any]) -> bool:
+        saved = state_dict.get("world_size") if isinstance(state_dict, Mapping) else None
+        return saved is None or saved == self.process_group.size()
 
     def _optimized(self, parameters: Mapping[str, Tensor]) -> dict[str, Hyperparameters]:
         """What is taken over for each parameter that is in the optimizer; nothing if the algorithm takes nothing."""
@@ -231,37 +236,10 @@ class Attachment:
                     decay=decay,
                     density=density,
                     local_decay=hyper.weight_decay if local else 0.0,
+                    hyperparameters=hyper,
                 )
             )
         return tracked
-
-    def _take_momentum_over(self) -> None:
-        if self._takeover is None:
-            return
-        buffers = self._takeover.take()
-        for entry in self._tracked:
-            buffer = buffers.get(id(entry.parameter))
-            if buffer is not None and isinstance(entry.memory, MomentumCorrection):
-                flat = flat_like(buffer, entry.parameter, entry.memory.u.dtype)
-                entry.memory.u.copy_(flat * entry.memory.momentum if entry.memory.nesterov else flat)
-
-    def _averaged_momentum(self) -> dict[int, Tensor]:
-        """The momentum buffers that plain SGD would go on with, by parameter id."""
-        buffers = {}
-        for entry in self._tracked:
-            if not isinstance(entry.memory, MomentumCorrection):
-                continue
-            mean = entry.memory.u.to(torch.promote_types(entry.parameter.dtype, torch.float32))
-            if entry.memory.per_rank_velocity:
-                mean = mean / self.process_group.size()
-                all_reduce_sum(mean, self.process_group).wait()
-            if entry.decay is not None:
-                mean = mean + entry.decay.buffer
-            if entry.memory.nesterov:  # our u is m times torch's buffer
-                mean = mean / entry.memory.momentum
-            buffer = torch.empty_like(entry.parameter)
-            buffers[id(entry.parameter)] = buffer.copy_(shaped_like(mean, entry.parameter))
-        return buffers
 
     def _release(self, buffers: Mapping[int, Tensor]) -> None:
         self._attached = False
@@ -289,14 +267,17 @@ class Attachment:
         tensors += [entry.decay.buffer for entry in self._tracked if entry.decay is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _announce(self, device: torch.device) -> None:
-        announce_device(device)
-        if self.process_group.rank() == 0:
-            foreign = len(self._tracked) - len(self._optimized({e.name: e.parameter for e in self._tracked}))
-            if foreign:
-                _log.warning("%d parameters of the model are not in this optimizer: they are sent whole", foreign)
-            taken = f"; took over {self._takeover.describe()}, now 0 in the optimizer" if self._takeover else ""
-            _log.info("attached %s to %d parameters%s", self.algorithm.to_dict(), len(self._tracked), taken)
+    def _announce(self) -> None:
+        """What the user did not ask for is a warning, once: Python shows no less unless logging is set up."""
+        announce_device(self._device)
+        if self.process_group.rank() != 0:
+            return
+        _log.info("attached %s to %d parameters", self.algorithm.to_dict(), len(self._tracked))
+        foreign = len(self._tracked) - len(self._optimized({e.name: e.parameter for e in self._tracked}))
+        if foreign:
+            _log.warning("%d parameters of the model are not in this optimizer: they are sent whole", foreign)
+        if self._takeover is not None and not self._takeover.is_empty:
+            _log.warning("took over from the optimizer, where it is now 0: %s", self._takeover.describe())
 
 
 def announce_device(device: torch.device) -> None:

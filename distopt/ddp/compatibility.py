@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.comm import gather_json
+from distopt.comm import gather_json, raise_together
 from distopt.errors import CompatibilityError, DesyncError, DistoptError
 from distopt.version import __version__
 
@@ -119,19 +119,14 @@ def agree(
         CompatibilityError: The problem of another rank.
         DesyncError: Two ranks differ; names both.
     """
-    facts = gather_json({"own": own, "problem": str(problem) if problem else None}, group, device)
-    if problem is not None:
-        raise problem
+    raise_together(problem, group, device, what="cannot attach")
+    facts = gather_json(own, group, device)
     for rank, fact in enumerate(facts):
-        if fact["problem"] is not None:
-            raise CompatibilityError(f"rank {rank} cannot attach: {fact['problem']}")
-    first = facts[0]["own"]
-    for rank, fact in enumerate(facts):
-        for key, value in first.items():
-            if repr(fact["own"][key]) != repr(value):  # the order of name patterns counts too
+        for key, value in facts[0].items():
+            if repr(fact[key]) != repr(value):  # the order of name patterns counts too
                 raise DesyncError(
-                    f"every rank must attach with the same {key}, got {_shown(value, fact['own'][key])} on rank 0 and "
-                    f"{_shown(fact['own'][key], value)} on rank {rank}; start all ranks from the same code and settings"
+                    f"every rank must attach with the same {key}, got {_shown(value, fact[key])} on rank 0 and "
+                    f"{_shown(fact[key], value)} on rank {rank}; start all ranks from the same code and settings"
                 )
 
 

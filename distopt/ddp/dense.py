@@ -10,10 +10,9 @@ from torch import Tensor
 
 from distopt.compress import INDEX_FORMATS
 from distopt.ddp.algorithm import DDPAlgorithm
-from distopt.ddp.hook import StepPolicy
 from distopt.ddp.memory import Memory, NoMemory
-from distopt.ddp.plan import WirePolicy
-from distopt.ddp.takeover import Hyperparameters
+from distopt.ddp.parameters import Hyperparameters
+from distopt.ddp.policy import StepPolicy, WirePolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distopt.config import check_choice, check_number, check_switch
 from distopt.ddp.algorithm import CompressedAlgorithm
-from distopt.ddp.hook import StepPolicy
 from distopt.ddp.memory import ErrorFeedback, Memory, MomentumCorrection
-from distopt.ddp.takeover import Hyperparameters
+from distopt.ddp.parameters import Hyperparameters
+from distopt.ddp.policy import StepPolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,7 @@ class DGC(CompressedAlgorithm, name="dgc"):
     """
 
     masking: bool = True  # sent entries lose their velocity: less staleness; off keeps every bit of momentum
-    clip: float | None = (
-        None  # local clipping: each rank's gradient to norm clip * N**-0.5; smaller is gentler, no overlap
-    )
+    clip: float | None = None  # local clipping to norm clip * N**-0.5: smaller is gentler; needs all, so no overlap
     weight_decay: str = "momentum"  # decay with a dense momentum of its own; "local" puts it into the local gradient
 
     corrects_momentum = True

@@ -6,6 +6,7 @@ behind them only computes. (A collective started or awaited inside a callback ha
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,12 +154,7 @@ class Exchange:
         if plan.layout is None or gathered is None:
             return used, True
         headers = [plan.layout.unpack_header(payload) for payload in gathered]
-        if any(other.step != header.step for other in headers):
-            steps = ", ".join(f"rank {rank} at {other.step}" for rank, other in enumerate(headers))
-            raise DesyncError(
-                f"the ranks are not in the same step ({steps}); load the same checkpoint on every rank and call "
-                "backward the same number of times"
-            )
+        check_steps([other.step for other in headers], header.step)
         for rank, other in enumerate(headers):
             if other.nonfinite:
                 self.nonfinite.append(NonFiniteReport(rank, plan.slots[other.nonfinite - 1].tracked.name))
@@ -174,6 +170,16 @@ class Exchange:
         if key not in self._workspaces:
             self._workspaces[key] = torch.empty(plan.numel, dtype=torch.float32, device=buffer.device)
         return self._workspaces[key]
+
+
+def check_steps(steps: Sequence[int], own: int) -> None:
+    """Raises `DesyncError` unless every rank (in rank order) is at this rank's step."""
+    if any(step != own for step in steps):
+        found = ", ".join(f"rank {rank} at {step}" for rank, step in enumerate(steps))
+        raise DesyncError(
+            f"the ranks are not in the same step ({found}); load the same checkpoint on every rank and call backward "
+            "the same number of times"
+        )
 
 
 def _contribute(

@@ -5,7 +5,6 @@ pass. *Deferred*: what needs the whole gradient before anything may change (loca
 steps, a GradScaler) waits for the last bucket; nothing overlaps then, and `stats()["overlap"]` says so.
 """
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -16,16 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from distopt.comm import all_gather
 from distopt.compress import Header, allgather_bytes
 from distopt.ddp.bucket import Bucket
-from distopt.ddp.exchange import Exchange
+from distopt.ddp.exchange import Exchange, check_steps
 from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
 from distopt.ddp.parameters import TrackedParameter, shaped_like
-from distopt.ddp.plan import BucketPlan, WirePolicy, plan_bucket
-from distopt.ddp.schedule import Schedule
+from distopt.ddp.plan import BucketPlan, plan_bucket
+from distopt.ddp.policy import StepPolicy
 from distopt.ddp.statistics import Statistics
 from distopt.ddp.unused import UsageTracker
-from distopt.errors import CompatibilityError, DistoptError
+from distopt.errors import CompatibilityError, DesyncError, DistoptError
 
 _log = logging.getLogger("distopt")
 
@@ -35,23 +35,6 @@ class LossScale(Protocol):
 
     def get_scale(self) -> float:
         """The factor that the loss, and so every gradient, is multiplied by."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepPolicy:
-    """What is done with a whole step.
-
-    Attributes:
-        warmup: Density by step; None for the final density from the start.
-        clip: Threshold of local gradient clipping, or None.
-        nonfinite: "error", "skip" or "ignore".
-        wire: How entries travel.
-    """
-
-    warmup: Schedule | None
-    clip: float | None
-    nonfinite: str
-    wire: WirePolicy
 
 
 class CommHook:
@@ -99,14 +82,26 @@ class CommHook:
         self._lock = threading.Lock()
         self._open_buckets = 0
         self._saw_last = False
+        self._agreed = False
+        self._flushed_at = -1
+
+    def start_at(self, step: int, *, sends_whole: bool) -> None:
+        """Goes on from a checkpoint: on every rank, because the next step begins with a collective that compares."""
+        self.step = step
+        self.sends_whole = sends_whole
+        self._agreed = False
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Takes one bucket of local gradients; the future holds its buffer with the update.
 
         Raises:
             CompatibilityError: The host hands over something that is not a bucket, or a parameter never seen.
+            DesyncError: The ranks begin at different steps.
         """
         plan = self._plan(bucket)
+        if not self._agreed:
+            self._agree_on_start(bucket.buffer().device)
+        self._announce_flush(plan)
         self.left_out = False
         with self._lock:
             self._open_buckets += 1
@@ -137,6 +132,23 @@ class CommHook:
             failure = nonfinite_error(sorted(set(reports), key=lambda r: (self._order[r.name], r.rank)))
         return failure
 
+    def _agree_on_start(self, device: torch.device) -> None:
+        """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
+        own = torch.tensor([self.step, self.sends_whole], device=device)
+        starts, done = all_gather(own, self._group)
+        done.wait()
+        check_steps([int(step) for step, _ in starts], self.step)
+        if any(bool(paused) != self.sends_whole for _, paused in starts):
+            raise DesyncError("all ranks must be paused or none, got both; call pause() on every rank in the same step")
+        self._agreed = True
+
+    def _announce_flush(self, plan: BucketPlan) -> None:
+        """Says, once a step, that what sparse steps held back now goes out."""
+        flushes = any(not slot.k and slot.num_outgoing > 1 for slot in plan.slots)
+        if flushes and self._flushed_at != self.step and self._group.rank() == 0:
+            self._flushed_at = self.step
+            _log.warning("step %d sends gradients whole again, and with them all that was held back", self.step)
+
     def _plan(self, bucket: Bucket) -> BucketPlan:
         try:
             parameters, dtype = bucket.parameters(), bucket.buffer().dtype
@@ -155,10 +167,8 @@ class CommHook:
         held_back = tuple(entry.memory.holds_back for entry in entries)
         key = (dtype, tuple(id(parameter) for parameter in parameters), densities, held_back)
         if key not in self._plans:
-            if len(self._plans) > 64 + 4 * len(
-                self._tracked
-            ):  # warm-up stages and rebuilt buckets leave old ones behind
-                self._plans.clear()
+            if len(self._plans) > 64 + 4 * len(self._tracked):
+                self._plans.clear()  # warm-up stages and rebuilt buckets leave old ones behind
             self._plans[key] = plan_bucket(entries, dtype, self.density_of, self._policy.wire, self._group.size())
         return self._plans[key]
 

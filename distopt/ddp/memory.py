@@ -7,6 +7,7 @@ Law, for every memory: what it has sent and what it holds add up to what was put
 `sum(sent) + held == sum(gradients)`; with momentum correction the gradients are replaced by their momenta u.
 """
 
+import functools
 from abc import ABC, abstractmethod
 
 import torch
@@ -41,6 +42,9 @@ class Memory(ABC):
     @abstractmethod
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Takes the gradient in and takes out the k largest entries: values (k,), int32 indices (k,), ascending."""
+
+    def make_room(self) -> None:  # noqa: B027 - most memories always have it
+        """Makes the tensor for what is held back where a parameter that is sent whole has none."""
 
     def sit_out_(self) -> None:  # noqa: B027 - most memories have nothing to note
         """Notes a sparse step to which this rank contributed nothing while others did."""
@@ -99,7 +103,12 @@ class ErrorFeedback(Memory):
     per_rank = ("v",)
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, residual: bool = True) -> None:
-        self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
+        self._empty = functools.partial(torch.zeros, numel, dtype=dtype, device=device)
+        self.v = self._empty() if residual else None
+
+    def make_room(self) -> None:
+        """See `Memory.make_room`."""
+        self.v = self._empty() if self.v is None else self.v
 
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
@@ -126,7 +135,8 @@ class MomentumCorrection(Memory):
 
     Sparse step: `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), send the largest of v, zero v and (with
     factor masking) u where sent. Dense step: u is the momentum of the averaged gradient and v stays empty, which is
-    momentum SGD to the bit. The first dense step after sparse ones averages u and sends all of v, so nothing is lost.
+    momentum SGD, up to rounding. The first dense step after sparse ones averages u and sends all of v, so nothing is
+    lost.
 
     Args:
         numel: Entries of the parameter.
@@ -162,6 +172,10 @@ class MomentumCorrection(Memory):
     def holds_back(self) -> bool:
         """See `Memory.holds_back`."""
         return self.per_rank_velocity
+
+    def make_room(self) -> None:
+        """See `Memory.make_room`."""
+        self.v = torch.zeros_like(self.u) if self.v is None else self.v
 
     def sit_out_(self) -> None:
         """See `Memory.sit_out_`. All ranks must agree on whether u is theirs alone: dense steps send it if so."""

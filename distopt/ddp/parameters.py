@@ -12,6 +12,15 @@ from distopt.ddp.memory import Memory
 LARGEST_INDEX = 2**31 - 1  # positions travel as int32
 
 
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """What a parameter group says of its parameters."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
 @dataclasses.dataclass(eq=False, slots=True, kw_only=True)
 class TrackedParameter:
     """What an attachment knows of one parameter.
@@ -23,6 +32,7 @@ class TrackedParameter:
         decay: Momentum of its weight decay; None without decay or where decay is part of the gradient.
         density: Fraction of entries sent after warm-up; None for a parameter that is always sent whole.
         local_decay: Weight decay added to the local gradient before selection; 0 for none.
+        hyperparameters: What was taken over for it from the optimizer.
     """
 
     name: str
@@ -31,6 +41,7 @@ class TrackedParameter:
     decay: DecayMomentum | None = None
     density: float | None = None
     local_decay: float = 0.0
+    hyperparameters: Hyperparameters = Hyperparameters()
 
 
 def is_dense_in_memory(tensor: Tensor) -> bool:

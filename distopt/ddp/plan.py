@@ -11,8 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distopt.compress import IndexFormat, PayloadLayout, allgather_bytes, allreduce_bytes, sparse_is_cheaper
+from distopt.compress import PayloadLayout, allgather_bytes, allreduce_bytes, sparse_is_cheaper
 from distopt.ddp.parameters import LARGEST_INDEX, TrackedParameter, num_selected
+from distopt.ddp.policy import WirePolicy
 from distopt.errors import CompatibilityError
 
 
@@ -47,25 +48,6 @@ class DenseSection:
     part: int
     start: int
     stop: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WirePolicy:
-    """How entries travel.
-
-    Attributes:
-        value_dtype: Dtype of sent values; None keeps each bucket's own.
-        index_format: How positions are written.
-        choice: "sparse", "dense", or "auto" for whichever puts fewer bytes on the link.
-        with_status: Whether every bucket carries a header, also one that is sent whole.
-        with_used_flags: Whether headers say which parameters the backward pass reached.
-    """
-
-    value_dtype: torch.dtype | None
-    index_format: IndexFormat
-    choice: str
-    with_status: bool
-    with_used_flags: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

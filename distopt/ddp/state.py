@@ -1,16 +1,19 @@
 """An attachment's state as plain dictionaries, grouped by fate.
 
 *Per rank*: memories (u, v), under the rank's number, so that a checkpointer which merges equal keys keeps them apart.
-*Replicated*: decay momentum and the step, the same on every rank. *Never saved*: statistics, plans, workspaces.
+*Replicated*: decay momentum, what was taken over, the step; the same on every rank. *Never saved*: statistics, plans,
+workspaces.
 Tensors are saved in their parameter's shape, so that a model in another memory format can take them.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distopt.comm import all_reduce_sum, gather_json
 from distopt.ddp.memory import MomentumCorrection
@@ -38,14 +41,17 @@ def collect(tracked: Sequence[TrackedParameter], rank: int) -> dict[str, Any]:
         PER_RANK: {str(rank): memories},
         REPLICATED: {
             "decay": decays,
-            "momentum": {entry.name: getattr(entry.memory, "momentum", 0.0) for entry in tracked},
+            "taken_over": {entry.name: dataclasses.asdict(entry.hyperparameters) for entry in tracked},
             "per_rank_velocity": {entry.name: entry.memory.holds_back for entry in tracked},
         },
     }
 
 
 def check(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], algorithm: str) -> None:
-    """Raises `StateMismatchError` unless the state is of this algorithm, these parameters and these settings."""
+    """Raises `StateMismatchError` unless the state is of this algorithm, these parameters and these settings.
+
+    Densities, the wire and the warm-up may differ: what was held back is sent whatever they are.
+    """
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise StateMismatchError(
@@ -55,8 +61,8 @@ def check(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], algorit
         raise StateMismatchError(
             f"the state must be of algorithm {algorithm!r}, got {state['algorithm']!r}; attach that one"
         )
-    for rank, memories in state[PER_RANK].items():
-        names = [entry.name for entry in tracked]
+    names = [entry.name for entry in tracked]
+    for memories in state[PER_RANK].values():
         missing = [name for name in names if name not in memories]
         unexpected = [name for name in memories if name not in names]
         if missing or unexpected:
@@ -64,15 +70,10 @@ def check(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], algorit
                 f"the state must hold the parameters of this model, got {unexpected[:3] or 'nothing'} it lacks and "
                 f"{missing[:3] or 'nothing'} missing; load the state of this model"
             )
-        for entry in tracked:
-            _check_tensors(entry, memories[entry.name], rank)
     for entry in tracked:
-        saved, own = state[REPLICATED]["momentum"][entry.name], getattr(entry.memory, "momentum", 0.0)
-        if saved != own:
-            raise StateMismatchError(
-                f"momentum of {entry.name!r} must be the saved {saved!r}, got {own!r}; attach before "
-                "optimizer.load_state_dict (a saved optimizer's momentum is 0 while DGC has it), with the same momentum"
-            )
+        _check_taken_over(entry, state[REPLICATED])
+        for rank, memories in state[PER_RANK].items():
+            _check_shapes(entry, memories[entry.name], rank)
 
 
 def restore_own(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], rank: int) -> None:
@@ -87,9 +88,8 @@ def restore_own(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], r
             "state per rank (distopt.checkpoint does)"
         )
     for entry in tracked:
-        for name, tensor in entry.memory.tensors().items():
-            shaped_like(tensor, entry.parameter).copy_(state[PER_RANK][str(rank)][entry.name][name])
-    _restore_replicated(state, tracked)
+        _restore_replicated(entry, state[REPLICATED])
+        _restore_sum(entry, [state[PER_RANK][str(rank)][entry.name]])
 
 
 def redistribute(
@@ -117,46 +117,70 @@ def redistribute(
         )
     own = [memories for old, memories in state[PER_RANK].items() if owner[old] == group.rank()]
     for entry in tracked:
-        for name, tensor in entry.memory.tensors().items():
-            shaped = shaped_like(tensor.zero_(), entry.parameter)
-            for memories in own:
-                shaped.add_(memories[entry.name][name].to(tensor))
+        _restore_replicated(entry, state[REPLICATED])
+        sums = _restore_sum(entry, [memories[entry.name] for memories in own])
         if isinstance(entry.memory, MomentumCorrection):
-            mean = entry.memory.u.float() / old_size
+            mean = sums["u"].div_(old_size)
             all_reduce_sum(mean, group).wait()
             entry.memory.u.copy_(mean)
-    _restore_replicated(state, tracked)
     if group.rank() == 0:
         _log.warning(
             "resumed %d ranks on %d: held-back gradients are redistributed, their sum is kept", old_size, group.size()
         )
 
 
-def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state that holds the per-rank parts of several, which must come from the same checkpoint."""
-    merged = dict(states[0])
-    merged[PER_RANK] = {rank: memories for state in states for rank, memories in state[PER_RANK].items()}
-    return merged
+def _restore_replicated(entry: TrackedParameter, replicated: Mapping[str, Any]) -> None:
+    if entry.decay is not None:
+        buffer = shaped_like(entry.decay.buffer, entry.parameter)
+        if entry.name in replicated["decay"]:
+            buffer.copy_(replicated["decay"][entry.name])
+        else:
+            buffer.zero_()  # saved without weight decay: its momentum starts anew
+    if isinstance(entry.memory, MomentumCorrection):
+        entry.memory.per_rank_velocity = bool(replicated["per_rank_velocity"][entry.name])
 
 
-def _restore_replicated(state: Mapping[str, Any], tracked: Sequence[TrackedParameter]) -> None:
-    replicated = state[REPLICATED]
-    for entry in tracked:
-        if entry.decay is not None:
-            buffer = shaped_like(entry.decay.buffer, entry.parameter)
-            if entry.name in replicated["decay"]:
-                buffer.copy_(replicated["decay"][entry.name])
-            else:
-                buffer.zero_()  # saved without weight decay: its momentum starts anew
-        if isinstance(entry.memory, MomentumCorrection):
-            entry.memory.per_rank_velocity = bool(replicated["per_rank_velocity"][entry.name])
+def _restore_sum(entry: TrackedParameter, saved: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sets the memory to the sum of these, in no less than float32; returns the sums, flat, by name.
+
+    A parameter that was sent sparse and is now sent whole is given room for what it held back, to send it once.
+    """
+    if entry.memory.holds_back or any("v" in memory and bool(memory["v"].any()) for memory in saved):
+        entry.memory.make_room()
+    sums = {}
+    for name, tensor in entry.memory.tensors().items():
+        found = [memory[name] for memory in saved if name in memory]
+        total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        shaped = shaped_like(total, entry.parameter)
+        if found:
+            shaped.copy_(found[0])  # the bits of it, the sign of zero included
+        for other in found[1:]:
+            shaped.add_(other.to(total))
+        tensor.copy_(total)
+        sums[name] = total
+    return sums
 
 
-def _check_tensors(entry: TrackedParameter, saved: Mapping[str, Any], rank: str) -> None:
-    for name in entry.memory.tensors():
-        shape = tuple(saved[name].shape) if name in saved else None
-        if shape != tuple(entry.parameter.shape):
+def _check_taken_over(entry: TrackedParameter, replicated: Mapping[str, Any]) -> None:
+    saved, own = replicated["taken_over"][entry.name], dataclasses.asdict(entry.hyperparameters)
+    for key in ("momentum", "nesterov"):
+        if saved[key] != own[key]:
             raise StateMismatchError(
-                f"{name} of {entry.name!r} must have shape {tuple(entry.parameter.shape)}, got {shape} in the state of "
-                f"rank {rank}; load the state of this model and these settings"
+                f"{key} of {entry.name!r} must be the saved {saved[key]!r}, got {own[key]!r}; attach before "
+                f"optimizer.load_state_dict (a saved optimizer's momentum is 0 while DGC has it), with the same {key}"
+            )
+    if entry.name in replicated["decay"] and entry.decay is None:
+        raise StateMismatchError(
+            f"weight decay of {entry.name!r} must have a momentum, as the saved {saved['weight_decay']!r} has, got "
+            f"{own['weight_decay']!r} without; attach before optimizer.load_state_dict (a saved optimizer's weight "
+            "decay is 0 while DGC has it), with weight decay in the optimizer and the same weight_decay= in DGC"
+        )
+
+
+def _check_shapes(entry: TrackedParameter, saved: Mapping[str, Tensor], rank: str) -> None:
+    for name, tensor in saved.items():
+        if tuple(tensor.shape) != tuple(entry.parameter.shape):
+            raise StateMismatchError(
+                f"{name} of {entry.name!r} must have shape {tuple(entry.parameter.shape)}, got {tuple(tensor.shape)} "
+                f"in the state of rank {rank}; load the state of this model"
             )

@@ -6,22 +6,21 @@ are 0, so that neither is applied twice; `detach` puts back the settings and, as
 
 import collections
 import dataclasses
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from distopt.comm import all_reduce_sum
+from distopt.ddp.memory import MomentumCorrection
+from distopt.ddp.parameters import Hyperparameters, TrackedParameter, flat_like, shaped_like
 from distopt.errors import CompatibilityError
 
-
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """What a parameter group says of its parameters."""
-
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
+# Parameters (by id) whose momentum an attachment has at the moment, by optimizer.
+_taken: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[int]] = weakref.WeakKeyDictionary()
 
 
 class Takeover:
@@ -32,8 +31,8 @@ class Takeover:
         names: Of the parameters that are synchronised, by id.
 
     Raises:
-        CompatibilityError: Another optimizer, dampening or maximize, or a group that mixes synchronised parameters with
-            others.
+        CompatibilityError: Another optimizer, dampening or maximize, a group that mixes synchronised parameters with
+            others, or momentum that another attachment has already.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -51,17 +50,34 @@ class Takeover:
             for _, group in self._groups()
             for parameter in group["params"]
         }
+        held = _taken.get(optimizer, set()) & self.hyperparameters.keys()
+        if held:
+            raise CompatibilityError(
+                f"attach needs the optimizer's own momentum and weight decay, got {len(held)} parameters of which "
+                "another attachment has them (also one to an earlier DistributedDataParallel of the same module); call "
+                "detach() on the first, which gives them back"
+            )
 
-    def take(self) -> dict[int, Tensor]:
-        """Sets the optimizer's momentum and weight decay to 0; returns its momentum buffers by parameter id."""
-        buffers = {}
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was neither momentum nor weight decay to take."""
+        return all(not h.momentum and not h.weight_decay for h in self.hyperparameters.values())
+
+    def take(self, tracked: Sequence[TrackedParameter]) -> None:
+        """Sets the optimizer's momentum and weight decay to 0 and moves its momentum buffers into u."""
+        _taken.setdefault(self._optimizer, set()).update(self.hyperparameters)
+        buffers: dict[int, Tensor] = {}
         for _, group in self._groups():
             group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter, {})
                 if state.get("momentum_buffer") is not None:
                     buffers[id(parameter)] = state.pop("momentum_buffer")
-        return buffers
+        for entry in tracked:
+            buffer = buffers.get(id(entry.parameter))
+            if buffer is not None and isinstance(entry.memory, MomentumCorrection):
+                flat = flat_like(buffer, entry.parameter, entry.memory.u.dtype)
+                entry.memory.u.copy_(flat * entry.memory.momentum if entry.memory.nesterov else flat)
 
     def check_still_taken(self) -> None:
         """Raises `CompatibilityError` if something has made the optimizer's own momentum or decay non-zero again."""
@@ -77,6 +93,7 @@ class Takeover:
 
     def give_back(self, buffers: Mapping[int, Tensor]) -> None:
         """Puts the settings back, and momentum buffers (by parameter id, in the parameter's shape)."""
+        _taken.get(self._optimizer, set()).difference_update(self.hyperparameters)
         for _, group in self._groups():
             for parameter in group["params"]:
                 saved = self.hyperparameters.get(id(parameter))
@@ -104,18 +121,39 @@ class Takeover:
         ]
 
 
-def _check_group(index: int, group: Mapping[str, object], names: Mapping[int, str]) -> None:
+def averaged_momentum(tracked: Sequence[TrackedParameter], group: dist.ProcessGroup) -> dict[int, Tensor]:
+    """The momentum buffers that plain SGD would go on with, by parameter id. Collective."""
+    buffers = {}
+    for entry in tracked:
+        if not isinstance(entry.memory, MomentumCorrection):
+            continue
+        mean = entry.memory.u.to(torch.promote_types(entry.parameter.dtype, torch.float32))
+        if entry.memory.per_rank_velocity:
+            mean = mean / group.size()
+            all_reduce_sum(mean, group).wait()
+        if entry.decay is not None:
+            mean = mean + entry.decay.buffer
+        if entry.memory.nesterov:  # our u is m times torch's buffer
+            mean = mean / entry.memory.momentum
+        buffer = torch.empty_like(entry.parameter)
+        buffers[id(entry.parameter)] = buffer.copy_(shaped_like(mean, entry.parameter))
+    return buffers
+
+
+def _check_group(index: int, group: Mapping[str, Any], names: Mapping[int, str]) -> None:
     if group["dampening"] != 0:
         raise CompatibilityError(
             f"DGC has no dampening, got dampening={group['dampening']!r} in parameter group {index}; set it to 0"
+        )
+    if not 0 <= group["momentum"] < 1:
+        raise CompatibilityError(
+            f"DGC needs a momentum in [0, 1), got momentum={group['momentum']!r} in parameter group {index}; use 0.9"
         )
     if group["maximize"]:
         raise CompatibilityError(
             f"DGC minimises, got maximize=True in parameter group {index}; negate the loss and set it to False"
         )
-    parameters = group["params"]
-    assert isinstance(parameters, Collection)
-    outside = [tuple(p.shape) for p in parameters if id(p) not in names and p.requires_grad]
+    outside = [tuple(p.shape) for p in group["params"] if id(p) not in names and p.requires_grad]
     if outside and (group["momentum"] or group["weight_decay"]):
         raise CompatibilityError(
             f"parameter group {index} must hold only parameters of the DDP model, got {len(outside)} others (the first "

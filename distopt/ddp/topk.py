@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distopt.ddp.algorithm import CompressedAlgorithm
 from distopt.ddp.memory import ErrorFeedback, Memory
-from distopt.ddp.takeover import Hyperparameters
+from distopt.ddp.parameters import Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

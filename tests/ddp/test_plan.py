@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES, allgather_bytes, allreduce_bytes
 from distopt.ddp.memory import ErrorFeedback, NoMemory
 from distopt.ddp.parameters import TrackedParameter, num_selected
-from distopt.ddp.plan import WirePolicy, plan_bucket
+from distopt.ddp.plan import plan_bucket
+from distopt.ddp.policy import WirePolicy
 
 PAPER = [0.25, 0.0625, 0.015625, 0.004, 0.001]
 HEADER = 12

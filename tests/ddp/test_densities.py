@@ -5,7 +5,7 @@ import torch
 
 from distopt import ops
 from distopt.ddp import FlatBucket, finite
-from distopt.ddp.policy import choose_densities
+from distopt.ddp.densities import choose_densities
 from distopt.errors import CompatibilityError
 
 LARGEST = 2**31 - 1
