@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import statistics
@@ -28,11 +27,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import distopt.version
 from distopt import ops
+from distopt.cli.machine import machine, versions
 
 SIZES = (262_144, 2_359_296, 25_557_032)  # 512x512, a 3x3 convolution of 512 channels, all of ResNet-50
-DENSITIES = (0.001, 0.01)
+DENSITIES = (0.001, 0.01, 0.25)  # 25% is the first stage of the warm-up
 MOMENTUM = 0.9
 
 
@@ -115,15 +114,6 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
 
 
-def machine() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0] if models else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0], "system": platform.system()}
-
-
 def commit() -> str:
     git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
     done = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -153,14 +143,9 @@ def main() -> None:
     random.seed(0)
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "versions": {
-            "distopt": distopt.version.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine() | {"load_at_start": os.getloadavg()[0]},
+        "versions": versions(),
         "commit": commit(),
-        "backend": ops.backend(),
         "threads": 1,
         "repeats": args.repeats,
         "note": args.note,
