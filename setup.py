@@ -27,7 +27,7 @@ def extension():
     except ImportError as error:
         raise SystemExit(
             f"torch-distopt: building the native kernels needs torch >= 2.10 in this environment ({error}).\n"
-            "Install torch first (a CPU build will do), then: pip install --no-build-isolation torch-distopt\n"
+            "Install torch first (a CPU build will do), then: pip install --no-build-isolation .\n"
             "Or set DISTOPT_NO_NATIVE=1 to install without them."
         ) from None
     return Extension(

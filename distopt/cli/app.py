@@ -96,10 +96,10 @@ def compare(
     ranks: Annotated[int, Option(min=1, help="Processes under torchrun; each uses one thread.")] = 2,
     epochs: Annotated[
         int | None,
-        Option(min=1, help="Length of each run. Default: 5, for fewer than 10,000 images 40.", show_default=False),
+        Option(min=1, help="Length of each run. Default: 4, for fewer than 10,000 images 40.", show_default=False),
     ] = None,
     steps: Annotated[int | None, Option(min=1, help="Length of each run in steps, in place of --epochs.")] = None,
-    batch: Annotated[int, Option(min=1, help="Images per rank and step.")] = 64,
+    batch: Annotated[int, Option(min=1, help="Images per rank and step.")] = 32,
     lr: Annotated[float, Option(min=0.0, help="Learning rate at the start; falls to 0 along a cosine.")] = 0.05,
     momentum: Annotated[
         float, Option(min=0.0, help="Momentum of SGD; DGC takes it over, top-k leaves it in SGD.")
@@ -146,7 +146,8 @@ def compare(
         indices=indices,
     )
     console = _console()
-    # Read here first, so that a bad folder is one clear error before any rank starts.
+    # Both here first, so that what is missing is one clear error before any rank starts.
+    report.check_plot()
     loaded = datasets.load(data)
     jobs = settings.jobs(loaded)
     num_steps = settings.steps_for(loaded)
@@ -154,7 +155,6 @@ def compare(
     console.print(f"{title}; density {density:g}", highlight=False)
     with show_progress(console, list(jobs), num_steps) as show:
         results = comparison.run(jobs, out, deadline_s=deadline, show=show)
-    report.plot(results, out / "compare.png", title)
     content = {
         "command": "distopt compare",
         "data": loaded.name,
@@ -166,6 +166,7 @@ def compare(
     report.write_json(content, out / "compare.json")
     console.print(report.table(results, title))
     console.print(report.notes(results), highlight=False)
+    report.plot(results, out / "compare.png", title)
     console.print(f"Plot: {out / 'compare.png'}\nFigures: {out / 'compare.json'}", highlight=False)
 
 

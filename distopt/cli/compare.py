@@ -23,9 +23,9 @@ class Settings:
     model: str = "cnn"
     data: str | None = None  # None: the best data set that is installed
     ranks: int = 2
-    epochs: int | None = None  # None: 5, or 40 for small data
+    epochs: int | None = None  # None: 4, or 40 for small data
     steps: int | None = None  # in place of epochs
-    batch: int = 64  # per rank
+    batch: int = 32  # per rank
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -43,7 +43,7 @@ class Settings:
         """The length of each run in steps."""
         if self.steps is not None:
             return self.steps
-        epochs = self.epochs or (5 if len(data.train_labels) >= 10_000 else 40)
+        epochs = self.epochs or (4 if len(data.train_labels) >= 10_000 else 40)
         return max(1, epochs * (len(data.train_labels) // (self.ranks * self.batch)))
 
     def algorithms(self, steps: int) -> dict[str, dict[str, Any]]:

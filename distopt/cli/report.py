@@ -68,18 +68,25 @@ def _compressing_s(result: dict[str, Any]) -> float:
     return seconds / int(stats["steps"])
 
 
+def check_plot() -> None:
+    """Raises `CompatibilityError` if `plot` could not do its work."""
+    try:
+        import matplotlib as matplotlib
+    except ModuleNotFoundError as error:
+        raise CompatibilityError(
+            'the plot needs matplotlib, which is not installed; pip install "torch-distopt[cli]"'
+        ) from error
+
+
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
     """Test accuracy over steps and over the bytes that one rank has sent, side by side.
 
     Raises:
         CompatibilityError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise CompatibilityError(
-            'the plot needs matplotlib, which is not installed; pip install "torch-distopt[cli]"'
-        ) from error
+    check_plot()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     over_steps, over_bytes = figure.subplots(1, 2, sharey=True)
     for result, colour in zip(results, COLOURS, strict=False):

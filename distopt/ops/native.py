@@ -60,7 +60,7 @@ def announce() -> None:
     silent = True
     _log.warning(
         "distopt runs on its reference in torch (same results, slower): %s; install a C++17 compiler, then "
-        "`pip install --no-build-isolation --no-deps --force-reinstall -v torch-distopt` shows what the build says",
+        "`pip install --no-build-isolation --no-deps --force-reinstall -v .` in a clone shows what the build says",
         _problem,
     )
 

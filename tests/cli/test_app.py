@@ -34,8 +34,18 @@ def test_without_the_extra_the_command_says_how_to_get_it(package):
 
 
 def test_a_bug_is_not_mistaken_for_a_missing_extra():
-    ran = python(WITHOUT.format(package="distopt.cli.info".partition(".")[0]) + "from distopt.cli import main; main()")
+    ran = python("from distopt.cli import main; print('main')" + WITHOUT.format(package="distopt") + "main()")
+    assert ran.stdout.strip() == "main"
     assert "Traceback" in ran.stderr
+    assert "is not installed" not in ran.stderr
+
+
+def test_compare_without_matplotlib_says_so_before_it_trains(tmp_path):
+    ran = python(WITHOUT.format(package="matplotlib") + "from distopt.cli import main; main()", "compare", cwd=tmp_path)
+    assert ran.returncode != 0
+    assert "the plot needs matplotlib, which is not installed" in ran.stderr
+    assert "started" not in ran.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_distopt_imports_nothing_of_the_command_line():
