@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
+from listening import heard
 
 NUM_STEPS = 20
 
@@ -89,6 +90,12 @@ def loaded(algorithm, folder, *, with_dcp=False, channels_last=False):
     return held_back(attachment), velocities(attachment), attachment.state_dict()["step"]
 
 
+def said_on_load(algorithm, folder, **options):
+    with heard() as said:
+        loaded(algorithm, folder, **options)
+    return [message for _, message in said if "resumed" in message]
+
+
 DGC = distopt.DGC(density=0.05, warmup=distopt.ddp.ListWarmup(densities=(0.5,), stage=3))
 
 
@@ -132,6 +139,9 @@ def flatten(state, prefix=""):
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_another_world_size_keeps_the_sum_of_what_was_held_back(ranks, tmp_path, num_ranks, with_dcp):
     before = ranks(2)(first_half, DGC, str(tmp_path), with_dcp=with_dcp)
+    lines, *others = ranks(num_ranks)(said_on_load, DGC, str(tmp_path), with_dcp=with_dcp)
+    assert lines == [f"resumed 2 ranks on {num_ranks}: held-back gradients are redistributed, their sum is kept"]
+    assert not any(others)
     after = ranks(num_ranks)(loaded, DGC, str(tmp_path), with_dcp=with_dcp)
     for name in before[0][0]:
         expected = sum(v[name] for v, _ in before)
@@ -183,6 +193,87 @@ def refused(algorithm, folder, *, without_momentum=False):
     return str(raised.value)
 
 
+def changed(setting, folder):
+    """Attaches with one setting of the optimizer changed from what was saved, and loads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 24), nn.Linear(24, 4))
+    ddp = DDP(model, bucket_cap_mb=0.004)
+    settings = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2} | setting
+    attachment = DGC.attach(ddp, torch.optim.SGD(ddp.parameters(), **settings))
+    with pytest.raises(distopt.StateMismatchError) as raised:
+        distopt.checkpoint.load(attachment, folder)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ({"nesterov": False}, "nesterov of '0.weight' must be the saved True, got False"),
+        ({"weight_decay": 0.0}, "weight decay of '0.weight' must have a momentum, as the saved 0.01 has, got 0.0"),
+        ({"momentum": 0.8}, "momentum of '0.weight' must be the saved 0.9, got 0.8"),
+    ],
+    ids=["nesterov", "decay", "momentum"],
+)
+def test_settings_that_the_state_depends_on_must_be_the_saved_ones(ranks, tmp_path, setting, part):
+    ranks(2)(first_half, DGC, str(tmp_path))
+    for message in ranks(2)(changed, setting, str(tmp_path)):
+        assert part in message
+        assert "attach before optimizer.load_state_dict" in message
+
+
+def paused_half(algorithm, folder):
+    """The second half, from the checkpoint of the first, as `algorithm` that sends whole or as DGC paused."""
+    ddp, optimizer, attachment = build(DGC if algorithm is None else algorithm)
+    saved = torch.load(f"{folder}/{dist.get_rank()}.pt")
+    ddp.module.load_state_dict(saved["model"])
+    distopt.checkpoint.load(attachment, folder)
+    if algorithm is None:
+        attachment.pause()
+    train(ddp, optimizer, NUM_STEPS // 2, NUM_STEPS)
+    assert not any(v.any() for v in held_back(attachment).values())
+    return parameters_of(ddp)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [distopt.DGC(density=1.0), distopt.DGC(density=0.05, skip=("*",))], ids=["density-1", "skip"]
+)
+def test_a_run_may_be_finished_dense_and_sends_what_was_held_back(ranks, tmp_path, algorithm):
+    before = ranks(2)(first_half, DGC, str(tmp_path))
+    assert any(v.any() for v in before[0][0].values())
+    expected = ranks(2)(paused_half, None, str(tmp_path))
+    found = ranks(2)(paused_half, algorithm, str(tmp_path))
+    for a, b in zip(expected[0], found[0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(("values", "then"), [("fp16", "fp32"), ("fp32", "fp16")])
+def test_another_wire_keeps_what_was_held_back(ranks, tmp_path, values, then, num_ranks):
+    before = ranks(2)(first_half, distopt.DGC(density=0.05, values=values), str(tmp_path))
+    after = ranks(num_ranks)(loaded, distopt.DGC(density=0.05, values=then), str(tmp_path))
+    if values == "fp16":
+        assert any(v[name].any() for v, _ in before for name in v if name.endswith("bias"))
+    for name in before[0][0]:
+        expected = sum(v[name] for v, _ in before)
+        found = sum(v.get(name, torch.zeros_like(expected)) for v, _, _ in after)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def saved_while_paused(folder):
+    ddp, optimizer, attachment = build(DGC)
+    train(ddp, optimizer, 0, 2)
+    attachment.pause()
+    distopt.checkpoint.save(attachment, folder)
+    dist.barrier()
+    _, _, resumed = build(DGC)
+    distopt.checkpoint.load(resumed, folder)
+    return resumed.stats()["paused"]
+
+
+def test_a_paused_run_resumes_paused(ranks, tmp_path):
+    assert ranks(2)(saved_while_paused, str(tmp_path)) == [True, True]
+
+
 def test_loading_the_optimizer_before_attach_is_refused_because_momentum_would_be_lost(ranks, tmp_path):
     ranks(2)(first_half, DGC, str(tmp_path))
     for message in ranks(2)(refused, DGC, str(tmp_path), without_momentum=True):
@@ -204,6 +295,24 @@ def test_a_flipped_byte_is_found(ranks, checkpoint):
     assert "must be whole" in message
     assert path.name in message
     assert "use an earlier checkpoint" in message
+
+
+def refused_by_any(algorithm, folder):
+    _, _, attachment = build(algorithm)
+    with pytest.raises(distopt.DistoptError) as raised:
+        distopt.checkpoint.load(attachment, folder)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_one_damaged_file_of_several_is_an_error_on_every_rank(ranks, tmp_path, num_ranks):
+    ranks(2)(first_half, DGC, str(tmp_path))
+    (path,) = tmp_path.glob("distopt-00001-*.pt")
+    path.write_bytes(path.read_bytes()[:-1])
+    messages = ranks(num_ranks)(refused_by_any, DGC, str(tmp_path), deadline_s=30)
+    assert messages[1].startswith("StateMismatchError: a checkpoint file must be whole")
+    for message in (messages[0], *messages[2:]):
+        assert message.startswith("CompatibilityError: rank 1 cannot load: a checkpoint file must be whole")
 
 
 def test_a_missing_or_truncated_file_is_found(ranks, checkpoint):

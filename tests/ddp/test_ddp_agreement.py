@@ -146,17 +146,42 @@ def test_a_problem_of_one_rank_is_told_to_all(ranks, what, part):
         assert first.endswith(second.removeprefix("CompatibilityError: "))
 
 
-def on_desynchronised_steps() -> str:
+def on_different_starts(algorithm, changed: dict) -> str:
     """One rank loads a checkpoint and the other does not: noticed in the first step, on both."""
     model = DistributedDataParallel(mlp())
     optimizer = momentum_sgd(model.parameters())
-    attachment = dgc().attach(model, optimizer)
+    attachment = algorithm.attach(model, optimizer)
     if dist.get_rank() == 1:
-        attachment.load_state_dict({**attachment.state_dict(), "step": 7})
+        attachment.load_state_dict({**attachment.state_dict(), **changed})
     return error_of(lambda: step_on_samples(model, optimizer, 0, dist.get_rank()), distopt.DesyncError)
 
 
-def test_ranks_in_different_steps(ranks):
-    for message in ranks(2)(on_desynchronised_steps):
+@pytest.mark.parametrize(
+    "algorithm",
+    [dgc(), dgc(warmup=distopt.ddp.ListWarmup(densities=(0.5, 0.2), stage=4)), dgc(nonfinite="skip")],
+    ids=["same sizes", "warm-up", "deferred"],  # in a warm-up the payloads would not even be of one size
+)
+def test_ranks_that_begin_at_different_steps(ranks, algorithm):
+    for message in ranks(2)(on_different_starts, algorithm, {"step": 7}):
         assert "rank 0 at 0, rank 1 at 7" in message
         assert "load the same checkpoint on every rank" in message
+
+
+def test_ranks_of_which_one_begins_paused(ranks):
+    for message in ranks(2)(on_different_starts, dgc(), {"paused": True}):
+        assert "all ranks must be paused or none, got both; call pause() on every rank" in message
+
+
+def on_different_steps_later() -> str:
+    """One rank's count is off in mid-run: the headers tell."""
+    model = DistributedDataParallel(mlp())
+    optimizer = momentum_sgd(model.parameters())
+    attachment = dgc().attach(model, optimizer)
+    step_on_samples(model, optimizer, 0, dist.get_rank())
+    attachment._hook.step += dist.get_rank()
+    return error_of(lambda: step_on_samples(model, optimizer, 1, dist.get_rank()), distopt.DesyncError)
+
+
+def test_ranks_that_drift_apart(ranks):
+    for message in ranks(2)(on_different_steps_later):
+        assert "rank 0 at 1, rank 1 at 2" in message

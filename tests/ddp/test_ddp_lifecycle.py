@@ -289,6 +289,27 @@ def test_local_weight_decay_is_a_term_of_the_local_loss(ranks):
     ranks(2)(on_local_decay)
 
 
+def on_two_wrappers() -> str:
+    module = mlp()
+    first = DistributedDataParallel(module)
+    optimizer = momentum_sgd(module.parameters(), weight_decay=0.1)
+    attachment = dgc().attach(first, optimizer)
+    second = DistributedDataParallel(module)  # a cell of a notebook that is run again
+    message = error_of(lambda: dgc().attach(second, optimizer), distopt.CompatibilityError)
+    attachment.detach()
+    again = dgc().attach(second, optimizer)
+    assert again.stats()["taken_over"] == "momentum 0.9 and weight decay 0.1 of 6 parameters"
+    again.detach()
+    assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.9, 0.1)
+    return message
+
+
+def test_momentum_is_not_taken_twice_through_another_wrapper(ranks):
+    for message in ranks(2)(on_two_wrappers):
+        assert "got 6 parameters of which another attachment has them" in message
+        assert "call detach() on the first" in message
+
+
 def on_momentum_returns(how: str) -> str:
     model = wrapped()
     optimizer = momentum_sgd(model.parameters(), weight_decay=0.1 if how == "load_state_dict" else 0.0)

@@ -12,6 +12,7 @@ ALGORITHMS = {
     "dgc-nesterov-decay": (dgc(), {"nesterov": True, "weight_decay": 2.0**-5}),
     "dgc-unmasked-fp16": (dgc(masking=False, values="fp16", indices="block16"), {}),
     "dgc-dense-wire": (dgc(wire="dense"), {}),
+    "dgc-deferred": (dgc(nonfinite="skip"), {}),
     "topk": (topk(wire="sparse"), {"momentum": 0.0}),
     "topk-bf16-decay": (topk(values="bf16"), {"weight_decay": 2.0**-5}),
 }

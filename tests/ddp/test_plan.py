@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import distopt
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES, allgather_bytes, allreduce_bytes
 from distopt.ddp.memory import ErrorFeedback, NoMemory
 from distopt.ddp.parameters import TrackedParameter, num_selected
@@ -49,6 +50,13 @@ def final(entry):
 
 def plan(entries, wire=None, *, num_ranks=2, dtype=torch.float32, density_of=final):
     return plan_bucket(entries, dtype, density_of, wire or policy(), num_ranks)
+
+
+def test_positions_in_a_bucket_fit_32_bits():
+    with pytest.raises(distopt.CompatibilityError, match=r"at most 2147483647 entries, got 2147483798; use a smaller"):
+        plan(tracked((2**31 - 2, 1), (102,), (25, 2), density=1e-6))
+    whole = plan(tracked((2**31 - 2, 1), (102,), (25, 2), density=1.0))
+    assert whole.dense_numel == 2**31 + 150
 
 
 shapes = st.lists(
