@@ -76,7 +76,8 @@ $(BIN)/python:
 	@mkdir -p .make && touch $@
 
 .make/package: .make/torch pyproject.toml $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e ".[cli,test]"
+	@# setuptools warns whenever an editable install is made: that is what is asked for here
+	PYTHONWARNINGS="ignore:Editable installation" $(PIP) install -q --no-build-isolation -e ".[cli,test]"
 	@touch $@
 
 # The tools only: what the extra `dev` lists, without building the package once more.
