@@ -111,14 +111,12 @@ def _from_plain(value: Any, field: dataclasses.Field[Any]) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_number(
-    field: str, value: object, *, rule: str, remedy: str, low: float, high: float, low_allowed: bool = False
-) -> None:
-    """Raises `ConfigError` unless value is a finite number (not a bool) in (low, high], or [low, high] if allowed."""
+def check_number(field: str, value: object, *, rule: str, remedy: str, low: float, high: float) -> None:
+    """Raises `ConfigError` unless value is a finite number (not a bool) in (low, high]."""
     valid = isinstance(value, int | float) and not isinstance(value, bool)
     if valid:
         assert isinstance(value, int | float)
-        valid = (low <= value if low_allowed else low < value) and value <= high and -math.inf < value < math.inf
+        valid = low < value <= high and value < math.inf
     if not valid:
         raise ConfigError(f"{field} must be {rule}, got {value!r}; {remedy}")
 

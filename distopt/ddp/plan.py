@@ -2,6 +2,10 @@
 
 A plan is a pure function of facts that all ranks share (parameters, densities, number of ranks), so every rank launches
 the same collectives with the same sizes without asking.
+
+Words: a parameter is *sparse* if k of its entries are selected in this step, else it is sent *whole*. Whole parameters
+travel by all-reduce; selected entries by all-gather (the *sparse wire*) or, where that takes fewer bytes, scattered
+into zeros and all-reduced too (the *dense wire*). What the all-reduce carries is the bucket's *dense part*.
 """
 
 import dataclasses

@@ -53,9 +53,8 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `distopt.ops.scatter_add_`."""
     checks.index_range(indices, out.numel())
     values = values.to(out.dtype)
-    if (
-        out.is_cuda
-    ):  # index_add_ is atomic there and would not be bit-equal on all ranks; indices of one call are unique
+    if out.is_cuda:
+        # index_add_ is atomic there and would not be bit-equal on all ranks; indices of one call are unique
         out[indices.long()] += values
     else:
         out.index_add_(0, indices.long(), values)
