@@ -286,7 +286,7 @@ attempt(model)
 def test_without_a_process_group():
     ran = subprocess.run([sys.executable, "-c", WITHOUT_A_GROUP], capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
-    before, after = ran.stdout.splitlines()
+    before, after = (line for line in ran.stdout.splitlines() if not line.startswith("[Gloo]"))  # torch < 2.13
     assert "got Linear; call torch.distributed.init_process_group and wrap it first" in before
     assert "attach needs a process group, got none; call torch.distributed.init_process_group first" in after
 

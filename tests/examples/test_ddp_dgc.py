@@ -23,6 +23,7 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     def step_until_killed(optimizer, *args, **kwargs):
         steps.append(None)
         if len(steps) == 30:
+            open(__file__ + ".died", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return step(optimizer, *args, **kwargs)
 
@@ -41,6 +42,11 @@ def torchrun(*arguments, ranks=2):
 
 def example_arguments(checkpoints, epochs=EPOCHS):
     return [str(EXAMPLE), "--epochs", str(epochs), "--checkpoints", str(checkpoints)]
+
+
+def reports(output):
+    """The lines of the script itself: before torch 2.13 gloo also writes to standard output."""
+    return [line for line in output.splitlines() if line.startswith("epoch ")]
 
 
 def flat_tensors(value, path=""):
@@ -70,7 +76,7 @@ def undisturbed(tmp_path_factory):
 
 def test_the_example_trains_and_says_what_it_saves(undisturbed):
     output, checkpoints = undisturbed
-    lines = output.splitlines()
+    lines = reports(output)
     assert [line.partition(":")[0] for line in lines] == [f"epoch {epoch}" for epoch in (1, 2, 3)]
     assert float(lines[-1].split("accuracy ")[1].partition("%")[0]) > 60
     assert "x fewer bytes than dense" in lines[-1]
@@ -82,7 +88,7 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, u
     (tmp_path / "killed.py").write_text(KILLED)
     ran = torchrun("--max-restarts=2", str(tmp_path / "killed.py"), *example_arguments(tmp_path / "checkpoints"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "SIGKILL" in ran.stderr or "-9" in ran.stderr, "no worker was killed"
+    assert (tmp_path / "killed.py.died").exists(), "no worker was killed"
     assert ran.stdout.count("epoch 1:") == 1, "the second start must resume, not begin again"
     state, expected = final_state(tmp_path / "checkpoints"), final_state(undisturbed[1])
     assert state.keys() == expected.keys()
@@ -94,4 +100,4 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_three(tmp_path, undisturbed):
     shutil.copytree(undisturbed[1], tmp_path / "checkpoints")
     ran = torchrun(*example_arguments(tmp_path / "checkpoints", epochs=EPOCHS + 1), ranks=3)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.startswith(f"epoch {EPOCHS + 1}:")
+    assert reports(ran.stdout)[0].startswith(f"epoch {EPOCHS + 1}:")
