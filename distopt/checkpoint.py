@@ -105,12 +105,14 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
     reader = FileSystemReader(checkpoint_id)
     metadata = reader.read_metadata()
     paths = {name: path for name, path in (metadata.planner_data or {}).items() if path[0] == key}
-    saved_ranks = {int(path[2]) for path in paths.values() if path[1] == "ranks"}
-    if not saved_ranks:
+    if (key, "world_size") not in paths.values():
         found = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
         raise StateMismatchError(f"the checkpoint must hold an attachment under {key!r}, got {found}; give its key")
     rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
-    mine = {str(old) for old in _dealt_out(len(saved_ranks), rank, num_ranks)}
+    first: dict[str, Any] = {name: None for name, path in paths.items() if path == (key, "world_size")}
+    dcp_load(first, storage_reader=reader, process_group=attachment.process_group)
+    (saved_ranks,) = first.values()
+    mine = {str(old) for old in _dealt_out(saved_ranks, rank, num_ranks)}
     flat: dict[str, Any] = {}
     for name, path in paths.items():
         if path[1] != "ranks" or path[2] in mine:
@@ -120,7 +122,12 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
             else:
                 flat[name] = None
     dcp_load(flat, storage_reader=reader, process_group=attachment.process_group)
-    state: dict[str, Any] = {}
+    # That function leaves out empty dictionaries: they stand here.
+    parameters = {path[3] for path in paths.values() if path[1:3] == ("replicated", "tensors")}
+    state: dict[str, Any] = {
+        "ranks": {old: {name: {} for name in parameters} for old in mine},
+        "replicated": {"decay": {}},
+    }
     for name, value in flat.items():
         *parents, last = paths[name][1:]
         node = state

@@ -259,6 +259,69 @@ def test_another_wire_keeps_what_was_held_back(ranks, tmp_path, values, then, nu
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+PLAIN = distopt.DGC(density=0.05)
+IN_PLACE = {
+    "without decay": (PLAIN, {"weight_decay": 0.0}),
+    "topk": (distopt.TopK(density=0.05), {}),
+    "dense": (distopt.Dense(), {}),
+}
+
+
+def attached(algorithm, settings):
+    torch.manual_seed(0)
+    ddp = DDP(nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 8), nn.ReLU(), nn.Linear(8, 4)))
+    optimizer = torch.optim.SGD(ddp.parameters(), **{"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2} | settings)
+    return ddp, optimizer, algorithm.attach(ddp, optimizer)
+
+
+def dcp_saved(algorithm, settings, folder):
+    ddp, optimizer, attachment = attached(algorithm, settings)
+    train(ddp, optimizer, 0, 4)
+    dcp.save({"distopt": attachment}, checkpoint_id=folder)
+    return held_back(attachment), velocities(attachment)
+
+
+def dcp_loaded(algorithm, settings, folder, *, in_place):
+    ddp, optimizer, attachment = attached(algorithm, settings)
+    if in_place:
+        dcp.load({"distopt": attachment}, checkpoint_id=folder)
+    else:
+        distopt.checkpoint.load_distributed(attachment, folder)
+    found = held_back(attachment), velocities(attachment)
+    train(ddp, optimizer, 4, 6)
+    assert attachment.state_dict()["step"] == 6
+    return found
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+@pytest.mark.parametrize(("num_ranks", "in_place"), [(2, True), (2, False), (3, False)])
+def test_distributed_checkpoints_of_every_algorithm(ranks, tmp_path, case, num_ranks, in_place):
+    algorithm, settings = IN_PLACE[case]
+    before = ranks(2)(dcp_saved, algorithm, settings, str(tmp_path))
+    after = ranks(num_ranks)(dcp_loaded, algorithm, settings, str(tmp_path), in_place=in_place)
+    for name in before[0][0]:
+        torch.testing.assert_close(sum(v[name] for v, _ in after), sum(v[name] for v, _ in before))
+    for name in before[0][1]:
+        torch.testing.assert_close(sum(u[name] for _, u in after) / num_ranks, sum(u[name] for _, u in before) / 2)
+
+
+def in_place_refused(folder):
+    _, _, attachment = attached(distopt.DGC(density=1.0), {})
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - torch's own wrapper
+        dcp.load({"distopt": attachment}, checkpoint_id=folder)
+    return repr(raised.value)
+
+
+def test_a_load_in_place_that_would_drop_what_was_held_back_is_refused(ranks, tmp_path):
+    before = ranks(2)(dcp_saved, PLAIN, {}, str(tmp_path))
+    for message in ranks(2)(in_place_refused, str(tmp_path)):
+        assert "must hold u and v, got none of v" in message
+        assert "use distopt.checkpoint.load_distributed" in message
+    after = ranks(2)(dcp_loaded, distopt.DGC(density=1.0), {}, str(tmp_path), in_place=False)
+    for name in before[0][0]:
+        torch.testing.assert_close(sum(v[name] for v, _ in after), sum(v[name] for v, _ in before))
+
+
 def saved_while_paused(folder):
     ddp, optimizer, attachment = build(DGC)
     train(ddp, optimizer, 0, 2)

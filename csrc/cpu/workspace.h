@@ -1,8 +1,7 @@
 // Memory that a thread keeps between calls: a fresh buffer of 100 MB costs more in page faults than the selection
 // itself.
 //
-// Limits: it grows to what the largest tensor needed (about 1.5 bytes per element at most) and is freed with its
-// thread.
+// Limits: it grows to what the largest tensor needed (about one byte per element) and is freed with its thread.
 #pragma once
 
 #include <cstdint>

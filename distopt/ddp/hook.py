@@ -83,26 +83,26 @@ class CommHook:
         self._open_buckets = 0
         self._saw_last = False
         self._agreed = False
-        self._flushed_at = -1
+        self._flushed_at = -2
 
     def start_at(self, step: int, *, sends_whole: bool) -> None:
         """Goes on from a checkpoint: on every rank, because the next step begins with a collective that compares."""
         self.step = step
         self.sends_whole = sends_whole
         self._agreed = False
+        self._flushed_at = -2
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Takes one bucket of local gradients; the future holds its buffer with the update.
 
         Raises:
             CompatibilityError: The host hands over something that is not a bucket, or a parameter never seen.
-            DesyncError: The ranks begin at different steps.
         """
         plan = self._plan(bucket)
-        if not self._agreed:
-            self._agree_on_start(bucket.buffer().device)
-        self._announce_flush(plan)
         self.left_out = False
+        if not self._agreed and not self._agree_on_start(bucket):
+            return self._refuse(bucket)
+        self._announce_flush(plan)
         with self._lock:
             self._open_buckets += 1
             self._saw_last = bucket.is_last()
@@ -132,22 +132,38 @@ class CommHook:
             failure = nonfinite_error(sorted(set(reports), key=lambda r: (self._order[r.name], r.rank)))
         return failure
 
-    def _agree_on_start(self, device: torch.device) -> None:
+    def _agree_on_start(self, bucket: Bucket) -> bool:
         """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
-        own = torch.tensor([self.step, self.sends_whole], device=device)
+        if self._exchange.failure is not None:  # found at an earlier bucket of this step
+            return False
+        own = torch.tensor([self.step, self.sends_whole], device=bucket.buffer().device)
         starts, done = all_gather(own, self._group)
         done.wait()
-        check_steps([int(step) for step, _ in starts], self.step)
-        if any(bool(paused) != self.sends_whole for _, paused in starts):
-            raise DesyncError("all ranks must be paused or none, got both; call pause() on every rank in the same step")
-        self._agreed = True
+        try:
+            check_steps([int(step) for step, _ in starts], self.step)
+            if any(bool(paused) != self.sends_whole for _, paused in starts):
+                raise DesyncError(
+                    "all ranks must be paused or none, got both; call pause() on every rank in the same step"
+                )
+        except DesyncError as error:
+            self._exchange.failure = error
+        self._agreed = self._exchange.failure is None
+        return self._agreed
+
+    def _refuse(self, bucket: Bucket) -> Future[Tensor]:
+        """Completes a bucket with zeros: every rank does, and raises at `optimizer.step()`, which DDP survives."""
+        future: Future[Tensor] = Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
+        future.set_result(bucket.buffer().zero_())
+        if bucket.is_last():
+            self._end_step(skipped=True)
+        return future
 
     def _announce_flush(self, plan: BucketPlan) -> None:
-        """Says, once a step, that what sparse steps held back now goes out."""
-        flushes = any(not slot.k and slot.num_outgoing > 1 for slot in plan.slots)
-        if flushes and self._flushed_at != self.step and self._group.rank() == 0:
+        """Says, once, that what sparse steps held back now goes out (of a parameter without gradient: again later)."""
+        if any(not slot.k and slot.tracked.memory.holds_back for slot in plan.slots):
+            if self.step > self._flushed_at + 1 and self._group.rank() == 0:
+                _log.warning("step %d sends gradients whole again, and with them all that was held back", self.step)
             self._flushed_at = self.step
-            _log.warning("step %d sends gradients whole again, and with them all that was held back", self.step)
 
     def _plan(self, bucket: Bucket) -> BucketPlan:
         try:
@@ -164,8 +180,8 @@ class CommHook:
                 "changing the model"
             ) from error
         densities = tuple(self.density_of(entry) for entry in entries)
-        held_back = tuple(entry.memory.holds_back for entry in entries)
-        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, held_back)
+        num_outgoing = tuple(entry.memory.num_outgoing for entry in entries)
+        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, num_outgoing)
         if key not in self._plans:
             if len(self._plans) > 64 + 4 * len(self._tracked):
                 self._plans.clear()  # warm-up stages and rebuilt buckets leave old ones behind

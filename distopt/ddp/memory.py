@@ -21,9 +21,16 @@ class Memory(ABC):
 
     Attributes:
         per_rank: Names of the attributes that hold this rank's tensors (each flat, or None where not needed).
+        holds_back: Whether there was a sparse step since the last dense one, on any rank: the same on all.
     """
 
     per_rank: tuple[str, ...] = ()
+    holds_back: bool = False
+
+    @property
+    def num_outgoing(self) -> int:
+        """How many tensors the next dense step averages."""
+        return 1
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's tensors by name, each of shape (numel,)."""
@@ -46,8 +53,9 @@ class Memory(ABC):
     def make_room(self) -> None:  # noqa: B027 - most memories always have it
         """Makes the tensor for what is held back where a parameter that is sent whole has none."""
 
-    def sit_out_(self) -> None:  # noqa: B027 - most memories have nothing to note
+    def sit_out_(self) -> None:
         """Notes a sparse step to which this rank contributed nothing while others did."""
+        self.holds_back = True
 
     @abstractmethod
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
@@ -63,11 +71,6 @@ class Memory(ABC):
 
         `error` is what rounding cut off this rank's own first outgoing tensor, if anything.
         """
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether a dense step must first send what sparse steps left behind."""
-        return False
 
 
 class NoMemory(Memory):
@@ -113,6 +116,7 @@ class ErrorFeedback(Memory):
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
+        self.holds_back = True
         return ops.ef_sparsify_(gradient, self.v, k)
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
@@ -127,6 +131,7 @@ class ErrorFeedback(Memory):
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """See `Memory.settle_`."""
         _replace_(self.v, error)
+        self.holds_back = False
         return averaged[0]
 
 
@@ -166,25 +171,20 @@ class MomentumCorrection(Memory):
         self.masking = masking
         self.u = torch.zeros(numel, dtype=dtype, device=device)
         self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
-        self.per_rank_velocity = False  # u differs between the ranks: true from the first sparse step on
 
     @property
-    def holds_back(self) -> bool:
-        """See `Memory.holds_back`."""
-        return self.per_rank_velocity
+    def num_outgoing(self) -> int:
+        """See `Memory.num_outgoing`. After sparse steps u differs between the ranks and is averaged too."""
+        return 1 + self.holds_back
 
     def make_room(self) -> None:
         """See `Memory.make_room`."""
         self.v = torch.zeros_like(self.u) if self.v is None else self.v
 
-    def sit_out_(self) -> None:
-        """See `Memory.sit_out_`. All ranks must agree on whether u is theirs alone: dense steps send it if so."""
-        self.per_rank_velocity = True
-
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
-        self.per_rank_velocity = True
+        self.holds_back = True
         return ops.dgc_sparsify_(
             gradient, self.u, self.v, k, momentum=self.momentum, nesterov=self.nesterov, masking=self.masking
         )
@@ -196,7 +196,7 @@ class MomentumCorrection(Memory):
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
-        if not self.per_rank_velocity:
+        if not self.holds_back:
             return [gradient if self.v is None else gradient + self.v]
         assert self.v is not None
         if self.nesterov:
@@ -208,9 +208,9 @@ class MomentumCorrection(Memory):
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """See `Memory.settle_`."""
         _replace_(self.v, error)
-        if self.per_rank_velocity:
+        if self.holds_back:
             self.u.copy_(averaged[1])
-            self.per_rank_velocity = False
+            self.holds_back = False
             return averaged[0]
         gradient = averaged[0].to(self.u.dtype)
         if self.nesterov:

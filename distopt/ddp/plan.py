@@ -152,7 +152,7 @@ def plan_bucket(
         k = num_selected(numel, density) if density < 1.0 and numel else 0
         # Selecting everything would mask all momentum; a tensor that is sent whole keeps it.
         k = 0 if k == numel else k
-        slots.append(Slot(entry, position, position + numel, k, 1 + entry.memory.holds_back))
+        slots.append(Slot(entry, position, position + numel, k, entry.memory.num_outgoing))
         position += numel
 
     if position > LARGEST_INDEX and any(slot.k for slot in slots):

@@ -42,7 +42,8 @@ def collect(tracked: Sequence[TrackedParameter], rank: int) -> dict[str, Any]:
         REPLICATED: {
             "decay": decays,
             "taken_over": {entry.name: dataclasses.asdict(entry.hyperparameters) for entry in tracked},
-            "per_rank_velocity": {entry.name: entry.memory.holds_back for entry in tracked},
+            "holds_back": {entry.name: entry.memory.holds_back for entry in tracked},
+            "tensors": {entry.name: " ".join(entry.memory.tensors()) for entry in tracked},
         },
     }
 
@@ -73,7 +74,7 @@ def check(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], algorit
     for entry in tracked:
         _check_taken_over(entry, state[REPLICATED])
         for rank, memories in state[PER_RANK].items():
-            _check_shapes(entry, memories[entry.name], rank)
+            _check_tensors(entry, memories[entry.name], rank, state[REPLICATED]["tensors"][entry.name].split())
 
 
 def restore_own(state: Mapping[str, Any], tracked: Sequence[TrackedParameter], rank: int) -> None:
@@ -136,17 +137,13 @@ def _restore_replicated(entry: TrackedParameter, replicated: Mapping[str, Any]) 
             buffer.copy_(replicated["decay"][entry.name])
         else:
             buffer.zero_()  # saved without weight decay: its momentum starts anew
-    if isinstance(entry.memory, MomentumCorrection):
-        entry.memory.per_rank_velocity = bool(replicated["per_rank_velocity"][entry.name])
+    entry.memory.holds_back = bool(replicated["holds_back"][entry.name])
+    if "v" in replicated["tensors"][entry.name].split():  # also where a parameter sent sparse is now sent whole
+        entry.memory.make_room()
 
 
 def _restore_sum(entry: TrackedParameter, saved: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sets the memory to the sum of these, in no less than float32; returns the sums, flat, by name.
-
-    A parameter that was sent sparse and is now sent whole is given room for what it held back, to send it once.
-    """
-    if entry.memory.holds_back or any("v" in memory and bool(memory["v"].any()) for memory in saved):
-        entry.memory.make_room()
+    """Sets the memory to the sum of these, in no less than float32; returns the sums, flat, by name."""
     sums = {}
     for name, tensor in entry.memory.tensors().items():
         found = [memory[name] for memory in saved if name in memory]
@@ -177,7 +174,14 @@ def _check_taken_over(entry: TrackedParameter, replicated: Mapping[str, Any]) ->
         )
 
 
-def _check_shapes(entry: TrackedParameter, saved: Mapping[str, Tensor], rank: str) -> None:
+def _check_tensors(entry: TrackedParameter, saved: Mapping[str, Tensor], rank: str, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise StateMismatchError(
+            f"the state of {entry.name!r} must hold {' and '.join(names)}, got none of {' and '.join(missing)} for "
+            f"rank {rank}; torch.distributed.checkpoint.load reads only what the attachment has already: use "
+            "distopt.checkpoint.load_distributed"
+        )
     for name, tensor in saved.items():
         if tuple(tensor.shape) != tuple(entry.parameter.shape):
             raise StateMismatchError(

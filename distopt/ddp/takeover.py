@@ -55,7 +55,7 @@ class Takeover:
             raise CompatibilityError(
                 f"attach needs the optimizer's own momentum and weight decay, got {len(held)} parameters of which "
                 "another attachment has them (also one to an earlier DistributedDataParallel of the same module); call "
-                "detach() on the first, which gives them back"
+                "detach() on the first, which gives them back, or make a new optimizer"
             )
 
     @property
@@ -128,7 +128,7 @@ def averaged_momentum(tracked: Sequence[TrackedParameter], group: dist.ProcessGr
         if not isinstance(entry.memory, MomentumCorrection):
             continue
         mean = entry.memory.u.to(torch.promote_types(entry.parameter.dtype, torch.float32))
-        if entry.memory.per_rank_velocity:
+        if entry.memory.holds_back:
             mean = mean / group.size()
             all_reduce_sum(mean, group).wait()
         if entry.decay is not None:

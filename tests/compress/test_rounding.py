@@ -40,6 +40,23 @@ def test_value_is_sent_plus_error(wire, source, data):
             assert torch.equal(total[small], values.double()[small])
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 7, 64, 1000])
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_sums_of_saturated_values_stay_finite(wire, num_ranks):
+    """Added one by one in the wire's dtype, each partial sum rounded, as an all-reduce does."""
+    huge = torch.full((1,), torch.finfo(torch.float32).max)
+    for values in (huge, -huge, huge / num_ranks):
+        sent, error = round_to_wire(values, WIRE_DTYPES[wire], summands=num_ranks)
+        assert torch.equal(sent.double() + error.double(), values.double()) or wire == "fp16"
+        total = torch.zeros(1, dtype=WIRE_DTYPES[wire])
+        for _ in range(num_ranks):
+            total += sent
+        assert total.isfinite().all()
+    largest = torch.tensor([torch.finfo(WIRE_DTYPES[wire]).max / num_ranks * 0.49])
+    sent, error = round_to_wire(largest, WIRE_DTYPES[wire], summands=num_ranks)
+    torch.testing.assert_close(sent.float(), largest, rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_nothing_is_lost_where_the_wire_holds_every_value(wire):
     values = torch.randn(100).to(WIRE_DTYPES[wire])

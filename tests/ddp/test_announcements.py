@@ -56,11 +56,11 @@ def test_attach_says_what_runs_on_the_models_device(ranks):
     assert ranks(1)(on_device) == [[torch.device("cpu")]]
 
 
-def on_flush(how: str) -> list[tuple[str, str]]:
+def on_flush(how: str, algorithm, momentum: float) -> list[tuple[str, str]]:
     warmup = distopt.ddp.ListWarmup(densities=(0.1, 1.0), stage=3) if how == "schedule" else None
     model = DistributedDataParallel(mlp(), bucket_cap_mb=0.002)
-    optimizer = momentum_sgd(model.parameters())
-    attachment = dgc(warmup=warmup).attach(model, optimizer)
+    optimizer = momentum_sgd(model.parameters(), momentum=momentum)
+    attachment = algorithm(warmup=warmup).attach(model, optimizer)
     with heard() as said:
         for step in range(6):
             if step == 3 and how == "pause":
@@ -69,8 +69,9 @@ def on_flush(how: str) -> list[tuple[str, str]]:
     return [line for line in said if "held back" in line[1]]
 
 
+@pytest.mark.parametrize(("algorithm", "momentum"), [(dgc, 0.9), (dgc, 0.0), (topk, 0.9)], ids=["dgc", "sgd", "topk"])
 @pytest.mark.parametrize("how", ["schedule", "pause"])
-def test_going_back_to_dense_says_that_what_was_held_back_goes_out(ranks, how):
-    first, second = ranks(2)(on_flush, how)
+def test_going_back_to_dense_says_that_what_was_held_back_goes_out(ranks, how, algorithm, momentum):
+    first, second = ranks(2)(on_flush, how, algorithm, momentum)
     assert first == [("WARNING", "step 3 sends gradients whole again, and with them all that was held back")]
     assert second == []

@@ -7,6 +7,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 from training import (
     Chosen,
+    assert_equal,
     assert_same_on_all_ranks,
     dgc,
     error_of,
@@ -153,7 +154,15 @@ def on_different_starts(algorithm, changed: dict) -> str:
     attachment = algorithm.attach(model, optimizer)
     if dist.get_rank() == 1:
         attachment.load_state_dict({**attachment.state_dict(), **changed})
-    return error_of(lambda: step_on_samples(model, optimizer, 0, dist.get_rank()), distopt.DesyncError)
+    before = values_of(model.module)
+    message = error_of(lambda: step_on_samples(model, optimizer, 0, dist.get_rank()), distopt.DesyncError)
+    assert_equal(values_of(model.module), before)
+    # the remedy works in this very process
+    attachment.load_state_dict({**attachment.state_dict(), "step": 3, "paused": False})
+    step_on_samples(model, optimizer, 3, dist.get_rank())
+    assert_same_on_all_ranks(values_of(model.module))
+    assert (attachment.stats()["steps"], attachment.stats()["skipped_steps"]) == (1, 1)
+    return message
 
 
 @pytest.mark.parametrize(

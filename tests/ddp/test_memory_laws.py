@@ -89,7 +89,7 @@ def sparse_step(memories, gradients, k):
 def dense_step(memories, gradients):
     """The updates of the ranks, which must be equal."""
     outgoing = [memory.outgoing(gradient.clone()) for memory, gradient in zip(memories, gradients, strict=True)]
-    assert {len(tensors) for tensors in outgoing} == {1 + memories[0].holds_back}
+    assert {len(tensors) for tensors in outgoing} == {memories[0].num_outgoing}
     averaged = [sum(tensors) / len(memories) for tensors in zip(*outgoing, strict=True)]
     updates = [memory.settle_([a.clone() for a in averaged], None) for memory in memories]
     assert all(torch.equal(update, updates[0]) for update in updates)

@@ -19,7 +19,7 @@ HEADER = 12
 class HoldsBack(NoMemory):
     """A memory that owes a flush."""
 
-    holds_back = True
+    num_outgoing = 2
 
 
 def tracked(*shapes, density=0.01, dtype=torch.float32, memory=NoMemory):
