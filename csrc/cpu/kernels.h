@@ -12,8 +12,8 @@
 namespace distopt::cpu {
 
 struct Kernels {
-  // Applies job.update to elements [begin, end) and appends those whose key is above c.bound, cutting c when it is
-  // full. c.capacity >= max(k, 1) + kBlock.
+  // Applies job.update to elements [begin, end) and appends those whose key is above c.bound and not above c.ceiling,
+  // making room when c is full. c.capacity >= max(k, 1) + kBlock.
   void (*pass)(const Job& job, int64_t begin, int64_t end, Candidates& c);
   // Writes the positions in [begin, end) of v whose key is above the bound, ascending, at most `room`; their number.
   int64_t (*collect)(const Job& job, int64_t begin, int64_t end, int32_t bound, int32_t* indices, int64_t room);

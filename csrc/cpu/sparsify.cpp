@@ -70,9 +70,8 @@ void select_by_threshold(const Job& job, int64_t n, int64_t k, int32_t* indices)
   workspace.reserve(std::max(capacity, samples));
   Candidates c{workspace.index.get(), workspace.key.get(), capacity, k, kAcceptAll};
   sample_keys(job, n, c.key, samples);
-  const int32_t bound = bound_from_sample(c.key, samples, n, k);
+  c.bound = bound_from_sample(c.key, samples, n, k);
   c.ceiling = ceiling_from_sample(c.key, samples, n, k);
-  c.bound = bound;
   // 2. The fused pass; the k-th key among the candidates, or (rare) among all.
   kernels().pass(job, 0, n, c);
   const int64_t wanted = k - c.num_over_ceiling;

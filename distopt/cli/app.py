@@ -147,7 +147,7 @@ def compare(
     )
     console = _console()
     # Both here first, so that what is missing is one clear error before any rank starts.
-    report.check_plot()
+    report.load_matplotlib()
     loaded = datasets.load(data)
     jobs = settings.jobs(loaded)
     num_steps = settings.steps_for(loaded)

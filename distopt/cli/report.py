@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from distopt.errors import CompatibilityError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey.
 COLOURS = ("#000000", "#E69F00", "#0072B2")
@@ -68,14 +71,19 @@ def _compressing_s(result: dict[str, Any]) -> float:
     return seconds / int(stats["steps"])
 
 
-def check_plot() -> None:
-    """Raises `CompatibilityError` if `plot` could not do its work."""
+def load_matplotlib() -> "type[Figure]":
+    """What `plot` draws with.
+
+    Raises:
+        CompatibilityError: matplotlib is not installed.
+    """
     try:
-        import matplotlib as matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise CompatibilityError(
             'the plot needs matplotlib, which is not installed; pip install "torch-distopt[cli]"'
         ) from error
+    return Figure
 
 
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -84,10 +92,7 @@ def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
     Raises:
         CompatibilityError: matplotlib is not installed.
     """
-    check_plot()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = load_matplotlib()(figsize=(10, 4.2), layout="constrained")
     over_steps, over_bytes = figure.subplots(1, 2, sharey=True)
     for result, colour in zip(results, COLOURS, strict=False):
         accuracy = [100 * point["accuracy"] for point in result["curve"]]

@@ -153,6 +153,7 @@ class Attachment:
 
         Raises:
             StateMismatchError: The state is of another model, algorithm, momentum or rank.
+            CompatibilityError: With another number of ranks: the state of another rank is refused; quotes why.
         """
         problem = None
         try:

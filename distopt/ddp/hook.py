@@ -83,10 +83,12 @@ class CommHook:
         self._open_buckets = 0
         self._saw_last = False
         self._agreed = False
+        self._refusing = False
         self._flushed_at = -2
 
     def start_at(self, step: int, *, sends_whole: bool) -> None:
         """Goes on from a checkpoint: on every rank, because the next step begins with a collective that compares."""
+        self.take_failure()  # of a step that no longer counts
         self.step = step
         self.sends_whole = sends_whole
         self._agreed = False
@@ -100,7 +102,9 @@ class CommHook:
         """
         plan = self._plan(bucket)
         self.left_out = False
-        if not self._agreed and not self._agree_on_start(bucket):
+        if not self._agreed and not self._refusing:
+            self._agree_on_start(bucket.buffer().device)
+        if self._refusing:
             return self._refuse(bucket)
         self._announce_flush(plan)
         with self._lock:
@@ -109,7 +113,7 @@ class CommHook:
         if not self.deferred:
             bad = first_nonfinite(bucket) if self._policy.nonfinite == "error" else None
             return self._send(bucket, plan, nonfinite=0 if bad is None else bad + 1)
-        future: Future[Tensor] = Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
+        future = _future_for(bucket)
         self._waiting.append((bucket, plan, future))
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
@@ -132,11 +136,9 @@ class CommHook:
             failure = nonfinite_error(sorted(set(reports), key=lambda r: (self._order[r.name], r.rank)))
         return failure
 
-    def _agree_on_start(self, bucket: Bucket) -> bool:
+    def _agree_on_start(self, device: torch.device) -> None:
         """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
-        if self._exchange.failure is not None:  # found at an earlier bucket of this step
-            return False
-        own = torch.tensor([self.step, self.sends_whole], device=bucket.buffer().device)
+        own = torch.tensor([self.step, self.sends_whole], device=device)
         starts, done = all_gather(own, self._group)
         done.wait()
         try:
@@ -147,14 +149,15 @@ class CommHook:
                 )
         except DesyncError as error:
             self._exchange.failure = error
-        self._agreed = self._exchange.failure is None
-        return self._agreed
+            self._refusing = True
+        self._agreed = not self._refusing
 
     def _refuse(self, bucket: Bucket) -> Future[Tensor]:
         """Completes a bucket with zeros: every rank does, and raises at `optimizer.step()`, which DDP survives."""
-        future: Future[Tensor] = Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
+        future = _future_for(bucket)
         future.set_result(bucket.buffer().zero_())
         if bucket.is_last():
+            self._refusing = False
             self._end_step(skipped=True)
         return future
 
@@ -261,6 +264,11 @@ class CommHook:
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) / scale
         threshold = self._policy.clip * self._group.size() ** -0.5
         return float(min(1.0, threshold / (norm + 1e-6)))
+
+
+def _future_for(bucket: Bucket) -> Future[Tensor]:
+    """A future that can hold the bucket's buffer."""
+    return Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
 
 
 def _norm(flat: Tensor) -> Tensor:

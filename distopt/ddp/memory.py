@@ -50,7 +50,8 @@ class Memory(ABC):
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Takes the gradient in and takes out the k largest entries: values (k,), int32 indices (k,), ascending."""
 
-    def make_room(self) -> None:  # noqa: B027 - most memories always have it
+    @abstractmethod
+    def make_room(self) -> None:
         """Makes the tensor for what is held back where a parameter that is sent whole has none."""
 
     def sit_out_(self) -> None:
@@ -75,6 +76,10 @@ class Memory(ABC):
 
 class NoMemory(Memory):
     """Plain averaging: everything is sent, nothing is remembered."""
+
+    def make_room(self) -> None:
+        """See `Memory.make_room`."""
+        raise NotImplementedError("plain averaging holds nothing back")
 
     def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`; never called, because plain averaging has no sparse step."""
