@@ -107,6 +107,8 @@ def on_local_problem(what: str) -> str:
             model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
         elif what == "dampening":
             optimizer = momentum_sgd(model.parameters(), dampening=0.1)
+        elif what == "momentum":
+            optimizer = momentum_sgd(model.parameters(), momentum=1.5)
         elif what == "maximize":
             optimizer = momentum_sgd(model.parameters(), maximize=True)
         elif what == "optimizer":
@@ -133,6 +135,7 @@ def on_local_problem(what: str) -> str:
         ("a built-in hook", "a built-in one is registered already"),
         ("dampening", "dampening=0.1"),
         ("maximize", "maximize=True"),
+        ("momentum", "needs a momentum in [0, 1), got momentum=1.5 in parameter group 0; use 0.9"),
         ("optimizer", "distopt.TopK"),
         ("pattern", "'nothing.*' must match a parameter"),
         ("twice", "call detach() on the first"),
