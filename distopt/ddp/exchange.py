@@ -16,7 +16,7 @@ from torch.futures import Future
 from torch.profiler import record_function
 
 from distopt import ops
-from distopt.comm import all_gather, all_reduce_sum
+from distopt.comm import all_gather, all_reduce_sum, await_at_exit
 from distopt.compress import Header, round_to_wire
 from distopt.ddp.bucket import Bucket
 from distopt.ddp.parameters import shaped_like
@@ -114,6 +114,7 @@ class Exchange:
             self._statistics.add(seconds_decoding=time.perf_counter() - began)
             return bucket.buffer()
 
+        await_at_exit(arrived)
         return torch.futures.collect_all(futures).then(arrived)
 
     def _arrive(self, bucket: Bucket, plan: BucketPlan, header: Header, departed: _Departed) -> None:
