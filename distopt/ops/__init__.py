@@ -6,7 +6,16 @@ All operations take 1-D contiguous tensors. Selection is exact: the k entries of
 on ties the lowest index wins, NaN ranks above everything. Source: Lin et al., *Deep Gradient Compression*, ICLR 2018.
 """
 
-from distopt.ops.dispatch import all_finite, dgc_sparsify_, ef_sparsify_, scatter_add_, topk_abs
+from distopt.ops.dispatch import (
+    all_finite,
+    dgc_sparsify_,
+    dgc_sparsify_segments_,
+    ef_sparsify_,
+    ef_sparsify_segments_,
+    scatter_add_,
+    topk_abs,
+    topk_abs_interleaved,
+)
 from distopt.ops.native import BuildInfo, backend, build_info
 
 __all__ = [
@@ -15,7 +24,10 @@ __all__ = [
     "backend",
     "build_info",
     "dgc_sparsify_",
+    "dgc_sparsify_segments_",
     "ef_sparsify_",
+    "ef_sparsify_segments_",
     "scatter_add_",
     "topk_abs",
+    "topk_abs_interleaved",
 ]

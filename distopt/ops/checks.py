@@ -64,6 +64,42 @@ def count(k: int, numel: int) -> None:
         raise ConfigError(f"k must be in [0, {numel}], the number of elements, got {k}; use min(k, numel)")
 
 
+def segment_table(segments: Tensor, count: int, grad: Tensor) -> None:
+    """An int64 table of three columns on the device of grad; what its rows say is checked by `segment_rows`."""
+    if not isinstance(segments, Tensor) or segments.dtype is not torch.int64:
+        found = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
+        raise ConfigError(f"segments must be an int64 tensor, got {found}; use torch.tensor(rows, dtype=torch.int64)")
+    if segments.dim() != 2 or segments.shape[1] != 3 or not segments.is_contiguous():
+        raise ConfigError(
+            f"segments must be contiguous with shape (num_segments, 3), got {tuple(segments.shape)}; a row is "
+            "(start in grad, numel, k)"
+        )
+    if not isinstance(count, int) or count < 0:
+        raise ConfigError(f"count must be the sum of all k, got {count!r}; use int(segments[:, 2].sum())")
+    same_device("segments", segments, "grad", grad)
+
+
+def segment_rows(segments: Tensor, count: int, grad_numel: int, state_numel: int) -> None:
+    """Rows ascending, inside grad and apart; their numel add up to the states', their k to count."""
+    end, covered, selected = 0, 0, 0
+    for row, (start, numel, k) in enumerate(segments.tolist()):
+        if start < end or numel < 0 or start + numel > grad_numel:
+            raise ConfigError(
+                f"segments must be ascending, apart and inside grad ({grad_numel} entries), got row {row} from {start} "
+                f"with {numel} entries after one that ends at {end}; use the tensors' places in the flat bucket"
+            )
+        if not 0 <= k <= numel:
+            raise ConfigError(f"k of a segment must be in [0, {numel}], got {k} in row {row}; use min(k, numel)")
+        end, covered, selected = start + numel, covered + numel, selected + k
+    if covered != state_numel:
+        raise ConfigError(
+            f"the states must have as many entries as the segments ({covered}), got {state_numel}; put the segments' "
+            "states one behind the other"
+        )
+    if selected != count:
+        raise ConfigError(f"count must be the sum of all k ({selected}), got {count}; use int(segments[:, 2].sum())")
+
+
 def momentum_range(momentum: float) -> None:
     """A number in [0, 1]; NaN is not."""
     if not 0.0 <= momentum <= 1.0:

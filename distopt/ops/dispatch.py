@@ -1,7 +1,7 @@
 """Checks the arguments and hands them to the kernels: the functions that users of `distopt.ops` call.
 
 Limits: float64 gradients and states always run on the reference, which is as fast as torch is. Nothing here is
-differentiable. Under torch.compile overlapping memory is not detected.
+differentiable. Under torch.compile overlapping memory is not detected, and float64 segments break the graph.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from distopt.errors import ConfigError
 from distopt.ops import checks, native, reference
 
 Selection = tuple[Tensor, Tensor]
@@ -17,6 +18,11 @@ Selection = tuple[Tensor, Tensor]
 _topk_abs: Callable[[Tensor, int], Selection] = torch.ops.distopt.topk_abs.default
 _ef_sparsify_: Callable[[Tensor, Tensor, int], Selection] = torch.ops.distopt.ef_sparsify_.default
 _dgc_sparsify_: Callable[..., Selection] = torch.ops.distopt.dgc_sparsify_.default
+_ef_sparsify_segments_: Callable[[Tensor, Tensor, Tensor, int], Selection] = (
+    torch.ops.distopt.ef_sparsify_segments_.default
+)
+_dgc_sparsify_segments_: Callable[..., Selection] = torch.ops.distopt.dgc_sparsify_segments_.default
+_topk_abs_interleaved: Callable[[Tensor, int, int], Selection] = torch.ops.distopt.topk_abs_interleaved.default
 _scatter_add_: Callable[[Tensor, Tensor, Tensor], None] = torch.ops.distopt.scatter_add_.default
 _all_finite: Callable[[Tensor], Tensor] = torch.ops.distopt.all_finite.default
 
@@ -114,6 +120,125 @@ def dgc_sparsify_(
     if grad.dtype is torch.float64 or u.dtype is torch.float64:
         return reference.dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
     return _dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
+
+
+def ef_sparsify_segments_(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> Selection:
+    """`ef_sparsify_` on many tensors of one flat bucket in one call.
+
+    Args:
+        grad: The bucket, float32, bfloat16, float16 or float64, shape (numel,), contiguous; only read, and only inside
+            the segments.
+        residual: float32, bfloat16 or float64, contiguous; the segments' residuals one behind the other; updated.
+        segments: int64, shape (num_segments, 3), on the device of grad; rows (start in grad, numel, k), ascending and
+            apart; k in [0, numel].
+        count: The sum of all k.
+
+    Returns:
+        Values, float32 (float64 for a float64 residual), shape (count,), and their positions in grad, int32, shape
+        (count,), ascending.
+
+    Raises:
+        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here: that would wait for it.)
+    """
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("residual", residual, checks.STATES)
+    checks.same_device("residual", residual, "grad", grad)
+    checks.segment_table(segments, count, grad)
+    if not is_compiling():
+        checks.apart("residual", residual, "grad", grad)
+        if not native.silent:
+            native.announce()
+    if grad.dtype is torch.float64 or residual.dtype is torch.float64:
+        return reference.ef_sparsify_segments_(grad, residual, segments, count)
+    try:
+        return _ef_sparsify_segments_(grad, residual, segments, count)
+    except RuntimeError:
+        checks.segment_rows(segments, count, grad.numel(), residual.numel())
+        raise
+
+
+def dgc_sparsify_segments_(
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    count: int,
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    masking: bool = True,
+) -> Selection:
+    """`dgc_sparsify_` on many tensors of one flat bucket in one call.
+
+    Args:
+        grad: The bucket, float32, bfloat16, float16 or float64, shape (numel,), contiguous; only read, and only inside
+            the segments.
+        u: momentum, float32, bfloat16 or float64, contiguous; the segments' momenta one behind the other; updated.
+        v: velocity, as u; updated.
+        segments: int64, shape (num_segments, 3), on the device of grad; rows (start in grad, numel, k), ascending and
+            apart; k in [0, numel].
+        count: The sum of all k.
+        momentum: m, in [0, 1].
+        nesterov: look ahead.
+        masking: momentum factor masking.
+
+    Returns:
+        Values, float32 (float64 for float64 states), shape (count,), and their positions in grad, int32, shape
+        (count,), ascending.
+
+    Raises:
+        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here: that would wait for it.)
+    """
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("u", u, checks.STATES)
+    checks.flat("v", v, (u.dtype,))
+    checks.same_device("u", u, "grad", grad)
+    checks.same_size("v", v, "u", u)
+    checks.segment_table(segments, count, grad)
+    checks.momentum_range(momentum)
+    if not is_compiling():
+        checks.apart("u", u, "grad", grad)
+        checks.apart("v", v, "grad", grad)
+        checks.apart("v", v, "u", u)
+        if not native.silent:
+            native.announce()
+    if grad.dtype is torch.float64 or u.dtype is torch.float64:
+        return reference.dgc_sparsify_segments_(
+            grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
+        )
+    try:
+        return _dgc_sparsify_segments_(
+            grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
+        )
+    except RuntimeError:
+        checks.segment_rows(segments, count, grad.numel(), u.numel())
+        raise
+
+
+def topk_abs_interleaved(x: Tensor, k: int, num_owners: int) -> Selection:
+    """The k entries of largest magnitude of each residue class `x[owner::num_owners]`, exactly; ties as `topk_abs`.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, shape (numel,), contiguous.
+        k: how many per owner, in [0, numel // num_owners].
+        num_owners: N, at least 1.
+
+    Returns:
+        Values, dtype of x, shape (num_owners, k), and indices, int32, shape (num_owners, k): row j holds positions in
+        `x[j::num_owners]`, ascending, so that entry i is position `i * num_owners + j` of x.
+
+    Raises:
+        ConfigError: an argument breaks a rule above.
+    """
+    checks.flat("x", x, checks.FLOATS)
+    if not isinstance(num_owners, int) or num_owners < 1:
+        raise ConfigError(f"num_owners must be an int of at least 1, got {num_owners!r}; use the number of ranks")
+    checks.count(k, x.numel() // num_owners)
+    if not is_compiling() and not native.silent:
+        native.announce()
+    if x.dtype is torch.float64:
+        return reference.topk_abs_interleaved(x, k, num_owners)
+    return _topk_abs_interleaved(x, k, num_owners)
 
 
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:

