@@ -32,7 +32,7 @@ CONTENDERS = {
     "DGC 0.1%": distopt.DGC(density=0.001),
     "DGC 0.1% fp16 block16": distopt.DGC(density=0.001, values="fp16", indices="block16"),
     "DGC 25%": distopt.DGC(density=0.25),  # the first stage of the warm-up
-    "DGC 25% dense wire": distopt.DGC(density=0.25, wire="dense"),
+    "DGC 25% dense wire": distopt.DGC(density=0.25, exchange="dense"),
     "TopK 0.1%": distopt.TopK(density=0.001),
 }
 HOOK_SECONDS = ("seconds_selecting", "seconds_communicating", "seconds_decoding")

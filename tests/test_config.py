@@ -14,12 +14,12 @@ import pytest
 
 import distopt
 from distopt.config import Configurable, FrozenMapping, from_config
-from distopt.ddp import DGC, Dense, ExponentialWarmup, ListWarmup, PaperWarmup, Schedule, TopK
+from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
-REQUIRED = {ListWarmup: {"densities": (0.25, 0.05)}}
+REQUIRED = {ListWarmup: {"densities": (0.25, 0.05)}, Link: {"latency_s": 1e-4, "bandwidth": 1e8}}
 
 GOOD = {
     "density": [1, 1.0, 0.25, 1e-3, 1e-12],
@@ -31,7 +31,12 @@ GOOD = {
     ],
     "values": ["fp32", "fp16", "bf16"],
     "indices": ["int32", "block16"],
-    "wire": ["auto", "sparse", "dense"],
+    "exchange": ["auto", "allgather", "balanced", "hierarchical", "dense"],
+    "link": [None, Link(latency_s=1e-3, bandwidth=1.25e8), Link(latency_s=1e-5, bandwidth=1e9, reduction=4e9)],
+    "ranks_per_node": [None, 1, 8],
+    "latency_s": [1e-6, 0.3, 1],
+    "bandwidth": [1.0, 1.25e8, 10**12],
+    "reduction": [None, 4e9],
     "residuals": ["fp32", "bf16"],
     "nonfinite": ["error", "skip"],
     "skip": [(), ("*.bias",), ("head.*", "emb.?")],
@@ -67,7 +72,15 @@ BAD = {
     ],
     "values": [(value, "must be one of 'fp32', 'fp16', 'bf16'") for value in ("int8", "FP16", 16, None, ["fp16"])],
     "indices": [(value, "must be one of 'int32', 'block16'") for value in ("int64", None)],
-    "wire": [(value, "must be one of 'auto', 'sparse', 'dense'") for value in ("fast", None, True)],
+    "exchange": [
+        (value, "must be one of 'auto', 'allgather', 'balanced', 'hierarchical', 'dense'")
+        for value in ("fast", None, True, "whole")
+    ],
+    "link": [(value, "must be a distopt.ddp.Link or None", "have the link measured") for value in (1e8, "1gbit", {})],
+    "latency_s": [(value, "must be positive seconds", "distopt link") for value in (0, -1.0, math.inf, "1ms", None)],
+    "bandwidth": [(value, "must be positive", "distopt link") for value in (0, math.nan, "1gbit", None)],
+    "reduction": [(value, "must be positive", "distopt link") for value in (0, math.inf, "fast")],
+    "ranks_per_node": [(value, "must be an integer of at least 1", "ask the launcher") for value in (0, 1.5, "8")],
     "residuals": [(value, "must be one of 'fp32', 'bf16'") for value in ("fp16", None)],
     "nonfinite": [(value, "must be one of 'error', 'skip'") for value in ("ignore", None)],
     "weight_decay": [(value, "must be one of 'momentum', 'local'") for value in (1e-4, 0, None, "none")],

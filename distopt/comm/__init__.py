@@ -1,7 +1,31 @@
-"""Who gets it: collectives on fixed-size tensors, and agreement between ranks without pickling anything."""
+"""Who gets it: collectives on fixed-size tensors, groups of ranks, and agreement without pickling anything."""
 
 from distopt.comm.agreement import gather_json, raise_together
-from distopt.comm.collectives import all_gather, all_reduce_sum
+from distopt.comm.channels import Channels, open_channels
+from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
+from distopt.comm.link import Link, LinkModel, measure_link
+from distopt.comm.nodes import Nodes, Place, find_nodes
+from distopt.comm.serial import SerialWorker
 from distopt.comm.shutdown import await_at_exit
+from distopt.comm.stopwatch import median_seconds
 
-__all__ = ["all_gather", "all_reduce_sum", "await_at_exit", "gather_json", "raise_together"]
+__all__ = [
+    "Channels",
+    "Link",
+    "LinkModel",
+    "Nodes",
+    "Place",
+    "SerialWorker",
+    "all_gather",
+    "all_reduce_sum",
+    "all_to_all",
+    "await_at_exit",
+    "broadcast_from_first",
+    "find_nodes",
+    "gather_json",
+    "measure_link",
+    "median_seconds",
+    "open_channels",
+    "raise_together",
+    "reduce_to_first",
+]

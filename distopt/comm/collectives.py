@@ -1,4 +1,8 @@
-"""The two collectives that the hooks use, under one name on every torch that we support."""
+"""The collectives that the hooks use, under one name on every torch that we support.
+
+The first two start and return; the others wait (on CUDA: the current stream waits) and are for exchanges of several
+phases. All sizes are fixed: gloo rejects uneven ones.
+"""
 
 from typing import Any
 
@@ -31,3 +35,20 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> torch.futures.Fu
     assert work is not None
     future: torch.futures.Future[Any] = work.get_future()
     return future
+
+
+def all_to_all(messages: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sends row j to rank j; row r of the result, of the same shape, came from rank r."""
+    received = torch.empty_like(messages)
+    dist.all_to_all_single(received.view(-1), messages.view(-1), group=group)
+    return received
+
+
+def reduce_to_first(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Sums a tensor over the ranks, in place on the group's first rank; the others' contents are lost."""
+    dist.reduce(tensor, group_dst=0, op=dist.ReduceOp.SUM, group=group)
+
+
+def broadcast_from_first(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Overwrites a tensor with that of the group's first rank."""
+    dist.broadcast(tensor, group_src=0, group=group)

@@ -3,6 +3,8 @@
 `int32` is the plain position. `block16` cuts the tensor into blocks of 65,536 entries and sends how many entries lie in
 each block and, per entry, its 16-bit offset there: half the bytes, nothing lost.
 
+All of it also works on rows: dimensions before the last one are those of several sets of positions.
+
 Limits: positions are ascending; numel is at most 2**31 - 1.
 """
 
@@ -23,11 +25,11 @@ class IndexFormat(ABC):
 
     @abstractmethod
     def encode(self, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
-        """The sections for ascending int32 indices, shape (count,), each in [0, numel)."""
+        """The sections for ascending int32 indices, shape (..., count), each in [0, numel)."""
 
     @abstractmethod
     def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
-        """The int32 indices, shape (count,). Raises `DecodeError` if the sections contradict each other."""
+        """The int32 indices, shape (..., count). Raises `DecodeError` if the sections contradict each other."""
 
     def nbytes(self, numel: int, count: int) -> int:
         """Bytes that `count` positions in a tensor of `numel` entries take."""
@@ -64,8 +66,11 @@ class Block16(IndexFormat):
 
     def encode(self, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
         """See `IndexFormat.encode`."""
-        (counts_dtype, blocks), (offset_dtype, _) = self.sections(numel, indices.numel())
-        counts = torch.bincount(indices >> 16, minlength=blocks)
+        (counts_dtype, blocks), (offset_dtype, _) = self.sections(numel, indices.shape[-1])
+        rows = torch.atleast_2d(indices).flatten(end_dim=-2)
+        first_block = torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(blocks).unsqueeze(1)
+        counts = torch.bincount(((rows >> 16) + first_block).view(-1), minlength=len(rows) * blocks)
+        counts = counts.view(*indices.shape[:-1], blocks)
         return counts.to(counts_dtype), (indices & 0xFFFF).to(offset_dtype)
 
     def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
@@ -73,14 +78,17 @@ class Block16(IndexFormat):
         counts, offsets = sections
         if counts.dtype == torch.int16:  # torch has no 16-bit unsigned arithmetic: undo the sign
             counts = counts.to(torch.int32) & 0xFFFF
-        total = int(counts.sum())
-        if total != offsets.numel() or bool((counts < 0).any()):
+        counts = torch.atleast_2d(counts).flatten(end_dim=-2)
+        totals = counts.sum(dim=1)
+        if bool((totals != offsets.shape[-1]).any()) or bool((counts < 0).any()):
             raise DecodeError(
-                f"the blocks announce {total} entries and {offsets.numel()} arrived; the payload was damaged or was "
-                "encoded with other settings"
+                f"the blocks announce {', '.join(map(str, totals.tolist()))} entries and {offsets.shape[-1]} arrived; "
+                "the payload was damaged or was encoded with other settings"
             )
-        block_starts = torch.arange(counts.numel(), dtype=torch.int32, device=counts.device) << 16
-        starts = torch.repeat_interleave(block_starts, counts, output_size=offsets.numel())
+        block_starts = torch.arange(counts.shape[1], dtype=torch.int32, device=counts.device) << 16
+        starts = torch.repeat_interleave(
+            block_starts.repeat(len(counts)), counts.view(-1), output_size=offsets.numel()
+        ).view(offsets.shape)
         return starts | (offsets.to(torch.int32) & 0xFFFF)
 
 

@@ -74,14 +74,14 @@ class PayloadLayout:
         return -(-end // alignment) * alignment
 
     def pack(self, header: Header, indices: Tensor, values: Tensor) -> Tensor:
-        """The payload, uint8, shape (nbytes,).
+        """The payload, uint8, shape (..., nbytes): one for each row, with the same header.
 
         Args:
             header: What the sender says about it.
-            indices: int32, shape (count,), ascending.
-            values: Shape (count,), already in `value_dtype`.
+            indices: int32, shape (..., count), ascending.
+            values: Shape (..., count), already in `value_dtype`.
         """
-        payload = torch.zeros(self.nbytes, dtype=torch.uint8, device=values.device)
+        payload = torch.zeros((*values.shape[:-1], self.nbytes), dtype=torch.uint8, device=values.device)
         head, *index_views, value_view = self._views(payload)
         head.copy_(torch.tensor(self._header_words(header), dtype=torch.int32))
         if self.count:
@@ -106,14 +106,14 @@ class PayloadLayout:
         return Header(step=step, nonfinite=nonfinite, used=used)
 
     def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """The indices, int32, and values, `value_dtype`, both of shape (count,).
+        """The indices, int32, and values, `value_dtype`, both of shape (..., count), of payloads (..., nbytes).
 
         Raises:
             DecodeError: The bytes are too few or too many, or the sections contradict each other.
         """
         _, *index_views, values = self._views(payload)
         if not self.count:
-            return torch.empty(0, dtype=torch.int32, device=payload.device), values
+            return torch.empty(values.shape, dtype=torch.int32, device=payload.device), values
         return self.index_format.decode(tuple(index_views), self.numel), values
 
     @cached_property
@@ -129,9 +129,11 @@ class PayloadLayout:
         return [_MAGIC ^ self._fingerprint, header.step, header.nonfinite, *signed]
 
     def _views(self, payload: Tensor) -> list[Tensor]:
-        if payload.dtype != torch.uint8 or payload.numel() != self.nbytes:
+        if payload.dtype != torch.uint8 or payload.shape[-1] != self.nbytes:
             raise DecodeError(
-                f"a payload of this layout must be {self.nbytes} bytes, got {payload.numel()} of {payload.dtype}; "
+                f"a payload of this layout must be {self.nbytes} bytes, got {payload.shape[-1]} of {payload.dtype}; "
                 "every rank must run the same model and configuration"
             )
-        return [payload[start : start + dtype.itemsize * length].view(dtype) for dtype, length, start in self._sections]
+        return [
+            payload[..., start : start + dtype.itemsize * length].view(dtype) for dtype, length, start in self._sections
+        ]

@@ -1,5 +1,6 @@
 """The link is slow: send a thousandth of the gradient each step, as a communication hook of stock DDP."""
 
+from distopt.comm import Link
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.bucket import Bucket, FlatBucket
 from distopt.ddp.dense import Dense
@@ -14,6 +15,7 @@ __all__ = [
     "Dense",
     "ExponentialWarmup",
     "FlatBucket",
+    "Link",
     "ListWarmup",
     "PaperWarmup",
     "Schedule",

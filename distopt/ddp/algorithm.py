@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distopt.comm import Link, LinkModel
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES
-from distopt.config import Algorithm, FrozenMapping, check_choice, check_density
+from distopt.config import Algorithm, FrozenMapping, check_choice, check_count, check_density
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.densities import choose_densities
 from distopt.ddp.hook import LossScale
@@ -18,6 +19,8 @@ from distopt.ddp.parameters import Hyperparameters
 from distopt.ddp.policy import StepPolicy, WirePolicy
 from distopt.ddp.schedule import Schedule
 from distopt.errors import ConfigError
+
+EXCHANGES = ("auto", "allgather", "balanced", "hierarchical", "dense")
 
 
 class DDPAlgorithm(Algorithm):
@@ -78,7 +81,9 @@ class CompressedAlgorithm(DDPAlgorithm):
     warmup: Schedule | None = dataclasses.field(default=None, metadata={"configurable": Schedule})  # denser at first
     values: str = "fp32"  # on the wire: "fp16" and "bf16" halve the values, and their rounding error stays behind
     indices: str = "int32"  # on the wire: "block16" halves the positions and loses nothing
-    wire: str = "auto"  # "sparse" or "dense" for all buckets; "auto" takes what puts fewer bytes on the link
+    exchange: str = "auto"  # "allgather", "balanced", "hierarchical" or "dense"; "auto" takes what will be fastest
+    link: Link | None = dataclasses.field(default=None, metadata={"configurable": LinkModel})  # given, not measured
+    ranks_per_node: int | None = None  # consecutive ranks that share a node, where the launcher does not say
     residuals: str = "fp32"  # what is kept between steps: "bf16" halves the memory and forgets the smallest gradients
     nonfinite: str = "error"  # "skip" leaves steps with NaN or Inf out on all ranks, at the price of overlap
     skip: tuple[str, ...] = ()  # name patterns of parameters to send whole: more exact, more bytes
@@ -92,7 +97,14 @@ class CompressedAlgorithm(DDPAlgorithm):
             )
         check_choice("values", self.values, tuple(WIRE_DTYPES))
         check_choice("indices", self.indices, tuple(INDEX_FORMATS))
-        check_choice("wire", self.wire, ("auto", "sparse", "dense"))
+        check_choice("exchange", self.exchange, EXCHANGES)
+        if self.link is not None and not isinstance(self.link, Link):
+            raise ConfigError(
+                f"link must be a distopt.ddp.Link or None, got {self.link!r}; leave it out to have the link measured"
+            )
+        if self.ranks_per_node is not None:
+            remedy = "leave it out to ask the launcher"
+            check_count("ranks_per_node", self.ranks_per_node, low=1, remedy=remedy)
         check_choice("residuals", self.residuals, ("fp32", "bf16"))
         check_choice("nonfinite", self.nonfinite, ("error", "skip"))
         if not isinstance(self.skip, tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
@@ -112,7 +124,9 @@ class CompressedAlgorithm(DDPAlgorithm):
         wire = WirePolicy(
             value_dtype=WIRE_DTYPES[self.values],
             index_format=INDEX_FORMATS[self.indices],
-            choice=self.wire,
+            exchange=self.exchange,
+            link=self.link,
+            ranks_per_node=self.ranks_per_node,
             with_status=True,
             with_used_flags=tracks_usage,
         )

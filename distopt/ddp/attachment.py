@@ -18,6 +18,7 @@ from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.join import keep_decay_in_step
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
 from distopt.ddp.registration import HookSlot, claim_slot
+from distopt.ddp.routing import open_routes
 from distopt.ddp.takeover import Takeover, averaged_momentum
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
@@ -79,10 +80,13 @@ class Attachment:
 
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
         self._tracked = self._track(parameters, densities)
+        policy = algorithm.step_policy(tracks_usage=tracks_usage)
+        routing, self._channels = open_routes(policy.wire, self.process_group, self._device)
         self._hook = CommHook(
             self._tracked,
-            algorithm.step_policy(tracks_usage=tracks_usage),
-            self.process_group,
+            policy,
+            self._channels,
+            routing,
             scale=scaler if self._scaled else None,
             usage=self._usage,
         )
@@ -247,6 +251,7 @@ class Attachment:
         self._step_handle.remove()
         self._slot.hook = None
         self._undo_join()
+        self._channels.close()
         if self._usage is not None:
             self._usage.close()
         if self._takeover is not None:

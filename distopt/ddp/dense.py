@@ -24,7 +24,7 @@ class Dense(DDPAlgorithm, name="dense"):
         wire = WirePolicy(
             value_dtype=None,
             index_format=INDEX_FORMATS["int32"],
-            choice="dense",
+            exchange="whole",
             with_status=False,
             with_used_flags=False,
         )

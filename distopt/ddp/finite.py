@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from distopt import ops
 from distopt.comm import all_gather
+from distopt.ddp.arrival import NonFiniteReport
 from distopt.ddp.bucket import Bucket
-from distopt.ddp.exchange import NonFiniteReport
 from distopt.ddp.parameters import LARGEST_INDEX
 from distopt.errors import NonFiniteGradientError
 

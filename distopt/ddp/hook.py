@@ -11,18 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from distopt.comm import all_gather
+from distopt.comm import Channels, all_gather
 from distopt.compress import Header, allgather_bytes
+from distopt.ddp.arrival import check_steps
 from distopt.ddp.bucket import Bucket
-from distopt.ddp.exchange import Exchange, check_steps
+from distopt.ddp.exchange import Exchange
 from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
+from distopt.ddp.inflight import future_for
 from distopt.ddp.parameters import TrackedParameter, shaped_like
-from distopt.ddp.plan import BucketPlan, plan_bucket
-from distopt.ddp.policy import StepPolicy
+from distopt.ddp.plan import BucketPlan, Slot, plan_bucket
+from distopt.ddp.policy import Routing, StepPolicy
 from distopt.ddp.statistics import Statistics
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DesyncError, DistoptError
@@ -43,7 +44,8 @@ class CommHook:
     Args:
         tracked: All parameters that can occur in a bucket, in an order that all ranks share.
         policy: What is done with a step.
-        group: The ranks.
+        channels: Between the ranks.
+        routing: The ways between the ranks.
         scale: The loss scale in use, or None.
         usage: Watches which parameters take part; None if all always do.
 
@@ -57,7 +59,8 @@ class CommHook:
         self,
         tracked: list[TrackedParameter],
         policy: StepPolicy,
-        group: dist.ProcessGroup,
+        channels: Channels,
+        routing: Routing,
         *,
         scale: LossScale | None = None,
         usage: UsageTracker | None = None,
@@ -70,10 +73,12 @@ class CommHook:
         self.left_out = False
         self.deferred = scale is not None or policy.clip is not None or policy.nonfinite == "skip"
         self._policy = policy
-        self._group = group
+        self._channels = channels
+        self._group = channels.world
+        self._routing = routing
         self._scale = scale
         self._usage = usage
-        self._exchange = Exchange(group, self.statistics)
+        self._exchange = Exchange(channels, self.statistics)
         self._tracked: Mapping[int, TrackedParameter] = {id(entry.parameter): entry for entry in tracked}
         self._names = [entry.name for entry in tracked]
         self._order = {entry.name: i for i, entry in enumerate(tracked)}
@@ -93,6 +98,7 @@ class CommHook:
         self.sends_whole = sends_whole
         self._agreed = False
         self._flushed_at = -2
+        self._exchange.forget_groups()
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Takes one bucket of local gradients; the future holds its buffer with the update.
@@ -113,7 +119,7 @@ class CommHook:
         if not self.deferred:
             bad = first_nonfinite(bucket) if self._policy.nonfinite == "error" else None
             return self._send(bucket, plan, nonfinite=0 if bad is None else bad + 1)
-        future = _future_for(bucket)
+        future = future_for(bucket)
         self._waiting.append((bucket, plan, future))
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
@@ -154,7 +160,7 @@ class CommHook:
 
     def _refuse(self, bucket: Bucket) -> Future[Tensor]:
         """Completes a bucket with zeros: every rank does, and raises at `optimizer.step()`, which DDP survives."""
-        future = _future_for(bucket)
+        future = future_for(bucket)
         future.set_result(bucket.buffer().zero_())
         if bucket.is_last():
             self._refusing = False
@@ -188,16 +194,15 @@ class CommHook:
         if key not in self._plans:
             if len(self._plans) > 64 + 4 * len(self._tracked):
                 self._plans.clear()  # warm-up stages and rebuilt buckets leave old ones behind
-            self._plans[key] = plan_bucket(entries, dtype, self.density_of, self._policy.wire, self._group.size())
+            self._plans[key] = plan_bucket(entries, dtype, self.density_of, self._policy.wire, self._routing)
         return self._plans[key]
 
     def _send(self, bucket: Bucket, plan: BucketPlan, *, nonfinite: int = 0) -> Future[Tensor]:
-        unused: frozenset[int] = frozenset()
+        unused: frozenset[Slot] = frozenset()
+        used: tuple[bool, ...] = ()
         if self._usage is not None:
-            unused = frozenset(
-                i for i, slot in enumerate(plan.slots) if not self._usage.was_used(slot.tracked.parameter)
-            )
-        used = tuple(i not in unused for i in range(plan.layout.num_flags)) if plan.layout else ()
+            unused = frozenset(slot for slot in plan.slots if not self._usage.was_used(slot.tracked.parameter))
+            used = tuple(slot not in unused for slot in plan.slots)
         for slot in plan.slots:
             if slot.tracked.local_decay and not nonfinite:
                 gradient = shaped_like(slot.of(bucket.buffer()), slot.tracked.parameter)
@@ -264,11 +269,6 @@ class CommHook:
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) / scale
         threshold = self._policy.clip * self._group.size() ** -0.5
         return float(min(1.0, threshold / (norm + 1e-6)))
-
-
-def _future_for(bucket: Bucket) -> Future[Tensor]:
-    """A future that can hold the bucket's buffer."""
-    return Future(devices=[bucket.buffer().device] if bucket.buffer().is_cuda else None)
 
 
 def _norm(flat: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """What one rank remembers of one parameter between steps: the part of its gradients that it has not sent yet.
 
-A memory sees flat gradients of one parameter and knows nothing of ranks, buckets or wires. A step is either sparse
-(`select_` takes out what is sent) or dense (`outgoing` is averaged over the ranks, `settle_` takes the average in).
+A memory sees flat gradients and knows nothing of ranks, buckets or wires. A step is either sparse (`select_` takes out
+what is sent) or dense (`outgoing` is averaged over the ranks, `settle_` takes the average in). The memories of several
+parameters can be joined to one that works on all of them in one call.
 
 Law, for every memory: what it has sent and what it holds add up to what was put in. For plain error feedback
 `sum(sent) + held == sum(gradients)`; with momentum correction the gradients are replaced by their momenta u.
 """
 
+import copy
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,9 +50,45 @@ class Memory(ABC):
         for name, tensor in self.tensors().items():
             tensor.copy_(snapshot[name])
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Memories of equal kind can be joined: of one class, with the same settings, tensors and fate."""
+        tensors = tuple((name, tensor.dtype, tensor.device) for name, tensor in self.tensors().items())
+        return (type(self), self.num_outgoing, tensors)
+
+    @classmethod
+    def joined(cls, memories: Sequence[Self]) -> tuple[Self, bool]:
+        """One memory over several of equal kind, whose tensors become neighbours in the order given.
+
+        Returns:
+            The memory (its tensors and theirs share memory from now on), and whether tensors had to be moved.
+        """
+        whole = copy.copy(memories[0])
+        moved = False
+        for name in memories[0].tensors():
+            parts = [getattr(memory, name) for memory in memories]
+            flat = _neighbours(parts)
+            if flat is None:
+                moved = True
+                flat = torch.cat(parts)
+                views = flat.split([part.numel() for part in parts])
+                for memory, view in zip(memories, views, strict=True):
+                    setattr(memory, name, view)
+            setattr(whole, name, flat)
+        return whole, moved
+
     @abstractmethod
-    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Takes the gradient in and takes out the k largest entries: values (k,), int32 indices (k,), ascending."""
+    def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Takes the gradients in and takes out the largest entries of each parameter.
+
+        Args:
+            gradient: A flat bucket that holds the gradients of this memory's parameters.
+            segments: Where, and how many to take: see `distopt.ops.dgc_sparsify_segments_`.
+            count: How many in all.
+
+        Returns:
+            Values and their int32 positions in `gradient`, ascending; both of shape (count,).
+        """
 
     @abstractmethod
     def make_room(self) -> None:
@@ -60,7 +100,15 @@ class Memory(ABC):
 
     @abstractmethod
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
-        """Takes back what rounding cut off the values just sent at `indices`."""
+        """Takes back what rounding cut off the values just sent; `indices` are positions in this memory."""
+
+    @abstractmethod
+    def held(self) -> Tensor:
+        """What this rank has not sent yet, shape (numel,): the tensor itself, to take from and to add to."""
+
+    @abstractmethod
+    def mask_(self, positions: Tensor) -> None:
+        """Forgets the momentum of entries that have been sent, if it has one and does so; `positions` int64."""
 
     @abstractmethod
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
@@ -81,13 +129,20 @@ class NoMemory(Memory):
         """See `Memory.make_room`."""
         raise NotImplementedError("plain averaging holds nothing back")
 
-    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`; never called, because plain averaging has no sparse step."""
         raise NotImplementedError("plain averaging sends everything")
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """See `Memory.give_back_`."""
         raise NotImplementedError("plain averaging sends everything")
+
+    def held(self) -> Tensor:
+        """See `Memory.held`."""
+        raise NotImplementedError("plain averaging holds nothing back")
+
+    def mask_(self, positions: Tensor) -> None:
+        """See `Memory.mask_`."""
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
@@ -118,16 +173,24 @@ class ErrorFeedback(Memory):
         """See `Memory.make_room`."""
         self.v = self._empty() if self.v is None else self.v
 
-    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
         self.holds_back = True
-        return ops.ef_sparsify_(gradient, self.v, k)
+        return ops.ef_sparsify_segments_(gradient, self.v, segments, count)
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """See `Memory.give_back_`."""
         assert self.v is not None
         self.v[indices.long()] = error.to(self.v.dtype)  # what was sent has just been zeroed
+
+    def held(self) -> Tensor:
+        """See `Memory.held`."""
+        assert self.v is not None
+        return self.v
+
+    def mask_(self, positions: Tensor) -> None:
+        """See `Memory.mask_`; there is no momentum."""
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
@@ -178,6 +241,11 @@ class MomentumCorrection(Memory):
         self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """See `Memory.kind`."""
+        return (*super().kind, self.momentum, self.nesterov, self.masking)
+
+    @property
     def num_outgoing(self) -> int:
         """See `Memory.num_outgoing`. After sparse steps u differs between the ranks and is averaged too."""
         return 1 + self.holds_back
@@ -186,18 +254,35 @@ class MomentumCorrection(Memory):
         """See `Memory.make_room`."""
         self.v = torch.zeros_like(self.u) if self.v is None else self.v
 
-    def select_(self, gradient: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
         self.holds_back = True
-        return ops.dgc_sparsify_(
-            gradient, self.u, self.v, k, momentum=self.momentum, nesterov=self.nesterov, masking=self.masking
+        return ops.dgc_sparsify_segments_(
+            gradient,
+            self.u,
+            self.v,
+            segments,
+            count,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            masking=self.masking,
         )
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """See `Memory.give_back_`."""
         assert self.v is not None
         self.v[indices.long()] = error.to(self.v.dtype)
+
+    def held(self) -> Tensor:
+        """See `Memory.held`."""
+        assert self.v is not None
+        return self.v
+
+    def mask_(self, positions: Tensor) -> None:
+        """See `Memory.mask_`."""
+        if self.masking:
+            self.u[positions] = 0
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
@@ -222,6 +307,16 @@ class MomentumCorrection(Memory):
             self.u.add_(gradient).mul_(self.momentum)
             return self.u + gradient
         return self.u.mul_(self.momentum).add_(gradient)
+
+
+def _neighbours(parts: Sequence[Tensor]) -> Tensor | None:
+    """One flat tensor over flat parts that lie one behind the other in one storage, or None if they do not."""
+    end = parts[0].storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr() or part.storage_offset() != end:
+            return None
+        end += part.numel()
+    return parts[0].as_strided((end - parts[0].storage_offset(),), (1,))
 
 
 def _replace_(held: Tensor | None, error: Tensor | None) -> None:

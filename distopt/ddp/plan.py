@@ -1,24 +1,35 @@
-"""What happens to one bucket in one step: who is sent sparse, who whole, in which formats and on which wire.
+"""What happens to one bucket in one step: who is sent sparse, who whole, in which formats and by which exchange.
 
-A plan is a pure function of facts that all ranks share (parameters, densities, number of ranks), so every rank launches
-the same collectives with the same sizes without asking.
+A plan is a pure function of facts that all ranks share (parameters, densities, number of ranks, the agreed link), so
+every rank launches the same collectives with the same sizes without asking.
 
 Words: a parameter is *sparse* if k of its entries are selected in this step, else it is sent *whole*. Whole parameters
-travel by all-reduce; selected entries by all-gather (the *sparse wire*) or, where that takes fewer bytes, scattered
-into zeros and all-reduced too (the *dense wire*). What the all-reduce carries is the bucket's *dense part*.
+travel by all-reduce; that is the bucket's *dense part*. Selected entries travel by the plan's *route*: all-gathered,
+balanced over owners, hierarchically over nodes, or scattered into zeros and all-reduced too (the *dense wire*).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from distopt.compress import PayloadLayout, allgather_bytes, allreduce_bytes, sparse_is_cheaper
+from distopt.comm import Place
+from distopt.compress import (
+    PayloadLayout,
+    allgather_bytes,
+    allreduce_bytes,
+    alltoall_bytes,
+    balanced_shares,
+)
 from distopt.ddp.parameters import LARGEST_INDEX, TrackedParameter, num_selected
-from distopt.ddp.policy import WirePolicy
+from distopt.ddp.policy import Routing, WirePolicy
 from distopt.errors import CompatibilityError
+
+# Another route must save this much: less is lost in the noise of what was measured, and changing back costs a flush.
+WORTH_S = 5e-4
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -39,6 +50,11 @@ class Slot:
     k: int
     num_outgoing: int
 
+    @property
+    def numel(self) -> int:
+        """Entries of the parameter."""
+        return self.stop - self.start
+
     def of(self, flat: Tensor) -> Tensor:
         """This parameter's part of a flat bucket, shape (numel,)."""
         return flat[self.start : self.stop]
@@ -46,33 +62,42 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DenseSection:
-    """Where one tensor of one slot lies in the all-reduce: entries start to stop; `part` counts the slot's tensors."""
+    """Where one tensor of one group of slots lies in the all-reduce; `part` counts the group's tensors."""
 
-    slot: int
+    group: int
     part: int
     start: int
     stop: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BucketPlan:
     """The slots of a bucket and the collectives that carry it.
 
     Attributes:
         slots: All parameters, in the buffer's order.
-        layout: Of the payload that is all-gathered, or None if there is none.
+        route: How selected entries travel: "allgather", "balanced", "hierarchical", "dense"; "whole" if there are none.
+        layout: Of the payload that is exchanged first, with this rank's status; None if there is none.
+        returned: Of the second payload: what an owner ("balanced") or a node's leader ("hierarchical") sends.
         value_dtype: Dtype of selected values on the wire.
         dense_dtype: Dtype of the all-reduce.
-        selected_on_dense_wire: Whether selected entries travel scattered into zeros instead of with their positions.
-        num_ranks: Ranks in the exchange.
+        place: Where this rank stands among the others.
+        predicted_s: Seconds that the exchange was expected to take when the route was chosen; NaN if it was given.
     """
 
     slots: tuple[Slot, ...]
+    route: str
     layout: PayloadLayout | None
+    returned: PayloadLayout | None
     value_dtype: torch.dtype
     dense_dtype: torch.dtype
-    selected_on_dense_wire: bool
-    num_ranks: int
+    place: Place
+    predicted_s: float = math.nan
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in the exchange."""
+        return self.place.num_ranks
 
     @cached_property
     def numel(self) -> int:
@@ -90,20 +115,38 @@ class BucketPlan:
         return tuple(slot for slot in self.slots if not slot.k)
 
     @cached_property
+    def decayed(self) -> tuple[Slot, ...]:
+        """The slots whose weight decay has a momentum of its own."""
+        return tuple(slot for slot in self.slots if slot.tracked.decay is not None)
+
+    @cached_property
     def count(self) -> int:
         """Entries selected in the bucket."""
         return sum(slot.k for slot in self.sparse)
 
     @cached_property
+    def sparse_numel(self) -> int:
+        """Entries that they are selected from."""
+        return sum(slot.numel for slot in self.sparse)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots by fate (whole or sparse) and kind of memory: each group is handled in one call."""
+        found: dict[tuple[object, ...], list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault((bool(slot.k), slot.num_outgoing, slot.tracked.memory.kind), []).append(slot)
+        return tuple(tuple(slots) for slots in found.values())
+
+    @cached_property
     def dense_sections(self) -> tuple[DenseSection, ...]:
         """What the all-reduce carries, in its order: the slots sent whole, then selected ones that go this way."""
-        owners = [(i, part) for i, slot in enumerate(self.slots) if not slot.k for part in range(slot.num_outgoing)]
-        if self.selected_on_dense_wire:
-            owners += [(i, 0) for i, slot in enumerate(self.slots) if slot.k]
+        owners = [(i, part) for i, g in enumerate(self.groups) if not g[0].k for part in range(g[0].num_outgoing)]
+        if self.route == "dense":
+            owners += [(i, 0) for i, group in enumerate(self.groups) if group[0].k]
         sections = []
         position = 0
         for i, part in owners:
-            numel = self.slots[i].stop - self.slots[i].start
+            numel = sum(slot.numel for slot in self.groups[i])
             sections.append(DenseSection(i, part, position, position + numel))
             position += numel
         return tuple(sections)
@@ -113,16 +156,44 @@ class BucketPlan:
         """Entries of the all-reduce."""
         return self.dense_sections[-1].stop if self.dense_sections else 0
 
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the all-reduce's tensor."""
+        return self.dense_numel * self.dense_dtype.itemsize
+
     @cached_property
     def sent_bytes(self) -> int:
-        """Bytes that this rank encodes: payload with header, and the dense part."""
-        return (self.layout.nbytes if self.layout else 0) + self.dense_numel * self.dense_dtype.itemsize
+        """Bytes that this rank encodes: payloads with headers, and the dense part."""
+        first = self.layout.nbytes if self.layout else 0
+        second = self.returned.nbytes if self.returned else 0
+        if self.route == "balanced":
+            first *= self.num_ranks
+        if self.route == "hierarchical" and not self.place.leads:
+            second = 0
+        return first + second + self.dense_nbytes
 
     @cached_property
     def link_bytes(self) -> int:
-        """Bytes that this rank's collectives put on the link."""
-        gathered = allgather_bytes(self.num_ranks, self.layout.nbytes) if self.layout else 0
-        return gathered + allreduce_bytes(self.num_ranks, self.dense_numel * self.dense_dtype.itemsize)
+        """Bytes that this rank's collectives put on the link (between nodes, if the route knows nodes)."""
+        first = self.layout.nbytes if self.layout else 0
+        second = self.returned.nbytes if self.returned else 0
+        n, nodes = self.num_ranks, self.place.num_nodes
+        if self.route == "balanced":
+            return alltoall_bytes(n, first) + allgather_bytes(n, second) + allreduce_bytes(n, self.dense_nbytes)
+        if self.route == "hierarchical":
+            leading = allgather_bytes(nodes, second) + allreduce_bytes(nodes, self.dense_nbytes)
+            return allgather_bytes(n, first) + (leading if self.place.leads else 0)
+        return allgather_bytes(n, first) + allreduce_bytes(n, self.dense_nbytes)
+
+    @cached_property
+    def node_bytes(self) -> int:
+        """Bytes that this rank sends inside its node: its gradient to the leader, or from the leader what arrived."""
+        if self.route != "hierarchical":
+            return 0
+        assert self.returned is not None
+        if self.place.leads:
+            return (self.place.node_size - 1) * (self.place.num_nodes * self.returned.nbytes + self.dense_nbytes)
+        return self.numel * torch.float32.itemsize + self.dense_nbytes
 
 
 def plan_bucket(
@@ -130,7 +201,7 @@ def plan_bucket(
     bucket_dtype: torch.dtype,
     density_of: Callable[[TrackedParameter], float],
     policy: WirePolicy,
-    num_ranks: int,
+    routing: Routing,
 ) -> BucketPlan:
     """The plan for a bucket that holds these parameters in this order.
 
@@ -138,54 +209,90 @@ def plan_bucket(
         tracked: The bucket's parameters.
         bucket_dtype: Dtype of its buffer.
         density_of: The density of a parameter in this step; 1.0 sends it whole.
-        policy: How entries travel.
-        num_ranks: Ranks in the exchange.
+        policy: In which formats entries travel.
+        routing: On which routes.
 
     Raises:
         CompatibilityError: Positions in the bucket do not fit 32 bits.
     """
+    place = routing.place
+    densities = [density_of(entry) for entry in tracked]
+    slots = _slots(tracked, densities)
+    if not any(slot.k for slot in slots):
+        return _on_route("whole", slots, bucket_dtype, policy, place)
+    candidates = []
+    for route in routing.routes:
+        if route == "whole":
+            all_whole = _slots(tracked, [1.0] * len(tracked))
+            candidates.append(_on_route(route, all_whole, bucket_dtype, policy, place))
+            if policy.value_dtype is not None and policy.value_dtype.itemsize < bucket_dtype.itemsize:
+                full = dataclasses.replace(policy, value_dtype=torch.float32)
+                candidates.append(_on_route(route, all_whole, bucket_dtype, full, place))
+        else:
+            candidates.append(_on_route(route, slots, bucket_dtype, policy, place))
+    if routing.predict is None:
+        return candidates[0]
+    usual, *others = (dataclasses.replace(plan, predicted_s=routing.predict(plan)) for plan in candidates)
+    best = min(others, key=lambda plan: plan.predicted_s, default=usual)
+    return best if best.predicted_s < usual.predicted_s - WORTH_S else usual
+
+
+def _slots(tracked: Sequence[TrackedParameter], densities: Sequence[float]) -> tuple[Slot, ...]:
     slots = []
     position = 0
-    for entry in tracked:
+    for entry, density in zip(tracked, densities, strict=True):
         numel = entry.parameter.numel()
-        density = density_of(entry)
         k = num_selected(numel, density) if density < 1.0 and numel else 0
         # Selecting everything would mask all momentum; a tensor that is sent whole keeps it.
         k = 0 if k == numel else k
         slots.append(Slot(entry, position, position + numel, k, entry.memory.num_outgoing))
         position += numel
-
     if position > LARGEST_INDEX and any(slot.k for slot in slots):
         raise CompatibilityError(
             f"a bucket can have at most {LARGEST_INDEX} entries, got {position}; use a smaller bucket_cap_mb in "
             "DistributedDataParallel"
         )
-    value_dtype, dense_dtype = _wire_dtypes(bucket_dtype, policy.value_dtype, slots)
-    num_flags = len(slots) if policy.with_used_flags else 0
+    return tuple(slots)
 
-    def layout(count: int) -> PayloadLayout:
+
+def _on_route(
+    route: str, slots: tuple[Slot, ...], bucket_dtype: torch.dtype, policy: WirePolicy, place: Place
+) -> BucketPlan:
+    """The plan on this route, or on the all-gather where some rank would own nothing of a small bucket."""
+    value_dtype, dense_dtype = _wire_dtypes(bucket_dtype, policy.value_dtype, slots)
+
+    def layout(numel: int, count: int, *, with_status: bool = True) -> PayloadLayout:
         return PayloadLayout(
-            numel=position,
+            numel=numel,
             count=count,
-            num_flags=num_flags,
+            num_flags=len(slots) if with_status and policy.with_used_flags else 0,
             value_dtype=value_dtype,
             index_format=policy.index_format,
         )
 
-    count = sum(slot.k for slot in slots)
-    dense_nbytes = sum(slot.stop - slot.start for slot in slots if slot.k) * dense_dtype.itemsize
-    on_dense_wire = bool(count) and (
-        policy.choice == "dense"
-        or (policy.choice == "auto" and not sparse_is_cheaper(num_ranks, layout(count).nbytes, dense_nbytes))
-    )
-    gathers = bool(count) or policy.with_status
+    numel, count = slots[-1].stop, sum(slot.k for slot in slots)
+    first: PayloadLayout | None = layout(numel, 0)
+    second = None
+    if route == "balanced":
+        owned = -(-sum(slot.numel for slot in slots if slot.k) // place.num_ranks)
+        sent, returned = balanced_shares(sum(slot.numel for slot in slots if slot.k), count, place.num_ranks)
+        first, second = layout(owned, sent), layout(owned, returned, with_status=False)
+        if not sent:
+            route = "allgather"
+    if route == "hierarchical":
+        second = layout(numel, count, with_status=False)
+    elif route == "allgather":
+        first, second = layout(numel, count), None
+    elif route == "whole" and not policy.with_status:
+        first = None
     return BucketPlan(
-        slots=tuple(slots),
-        layout=layout(0 if on_dense_wire else count) if gathers else None,
-        value_dtype=dense_dtype if on_dense_wire else value_dtype,
+        slots=slots,
+        route=route,
+        layout=first,
+        returned=second,
+        value_dtype=dense_dtype if route == "dense" else value_dtype,
         dense_dtype=dense_dtype,
-        selected_on_dense_wire=on_dense_wire,
-        num_ranks=num_ranks,
+        place=place,
     )
 
 

@@ -85,7 +85,7 @@ def _send(run: Run, u: Tensor | None, v: Tensor, dtype: torch.dtype) -> Tensor:
     k = math.ceil(run.algorithm.density * v.numel())
     chosen = torch.sort(v.abs().flatten(), descending=True, stable=True).indices[:k]
     wire = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[run.algorithm.values]
-    if run.algorithm.wire == "dense" and dtype.itemsize < wire.itemsize:
+    if run.algorithm.exchange == "dense" and dtype.itemsize < wire.itemsize:
         wire = dtype
     sent = torch.zeros(v.numel())
     sent[chosen] = v.flatten()[chosen].to(wire).float()

@@ -14,9 +14,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+from distopt.comm import Channels, Place
 from distopt.ddp.attachment import announce_device
 from distopt.ddp.bucket import FlatBucket
 from distopt.ddp.hook import CommHook
+from distopt.ddp.policy import Routing
 from distopt.errors import CompatibilityError, DistoptError
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
@@ -293,8 +295,9 @@ def test_without_a_process_group():
 
 @pytest.mark.parametrize("bucket", [(torch.zeros(3), torch.zeros(3)), torch.zeros(3), None])
 def test_what_is_no_bucket(bucket):
-    group = types.SimpleNamespace(size=lambda: 2)
-    hook = CommHook([], distopt.TopK().step_policy(tracks_usage=False), group)
+    channels = Channels(world=types.SimpleNamespace(size=lambda: 2), worker=None)
+    routing = Routing(place=Place(num_ranks=2), routes=("allgather",))
+    hook = CommHook([], distopt.TopK().step_policy(tracks_usage=False), channels, routing)
     with pytest.raises(CompatibilityError) as caught:
         hook(bucket)
     message = str(caught.value)
@@ -303,8 +306,9 @@ def test_what_is_no_bucket(bucket):
 
 
 def test_a_parameter_that_was_not_there_at_attach():
-    group = types.SimpleNamespace(size=lambda: 2)
-    hook = CommHook([], distopt.TopK().step_policy(tracks_usage=False), group)
+    channels = Channels(world=types.SimpleNamespace(size=lambda: 2), worker=None)
+    routing = Routing(place=Place(num_ranks=2), routes=("allgather",))
+    hook = CommHook([], distopt.TopK().step_policy(tracks_usage=False), channels, routing)
     with pytest.raises(CompatibilityError, match=r"did not have at attach; detach and attach again"):
         hook(FlatBucket([torch.zeros(3)], [torch.zeros(3)]))
 

@@ -9,15 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 from training import Chosen, chosen_gradients, dgc, momentum_sgd, topk
 
 import distopt
-from distopt.ddp import exchange
 from distopt.ddp.registration import HookSlot
+from distopt.ddp.routes import allgather
 
 
 @contextlib.contextmanager
 def recorded():
     """Yields the list of what happens: ("bucket", index) and (collective, bytes of this rank's tensor)."""
     events: list[tuple[str, int]] = []
-    originals = HookSlot.__call__, exchange.all_gather, exchange.all_reduce_sum
+    originals = HookSlot.__call__, allgather.all_gather, allgather.all_reduce_sum
 
     def call(slot, bucket):
         events.append(("bucket", bucket.index()))
@@ -31,12 +31,12 @@ def recorded():
         return launched
 
     HookSlot.__call__ = call
-    exchange.all_gather = launch("all-gather", originals[1])
-    exchange.all_reduce_sum = launch("all-reduce", originals[2])
+    allgather.all_gather = launch("all-gather", originals[1])
+    allgather.all_reduce_sum = launch("all-reduce", originals[2])
     try:
         yield events
     finally:
-        HookSlot.__call__, exchange.all_gather, exchange.all_reduce_sum = originals
+        HookSlot.__call__, allgather.all_gather, allgather.all_reduce_sum = originals
 
 
 def on_steps(algorithm) -> list[tuple[list, int]]:
@@ -59,7 +59,7 @@ def on_steps(algorithm) -> list[tuple[list, int]]:
 
 @pytest.mark.parametrize(
     "algorithm",
-    [dgc(), dgc(wire="dense"), dgc(values="fp16", skip=("block3.*",)), topk(indices="block16"), distopt.Dense()],
+    [dgc(), dgc(exchange="dense"), dgc(values="fp16", skip=("block3.*",)), topk(indices="block16"), distopt.Dense()],
     ids=["dgc", "dense-wire", "fp16", "topk", "dense"],
 )
 def test_at_most_two_collectives_per_bucket_in_bucket_order_and_every_byte_counted(ranks, algorithm):

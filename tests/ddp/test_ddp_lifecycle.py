@@ -61,7 +61,7 @@ def plain_run(settings: dict, num_steps: int):
 
 def on_density_1() -> None:
     for name, settings in SETTINGS.items():
-        for fields in ({}, {"weight_decay": "local"}, {"wire": "sparse"}):
+        for fields in ({}, {"weight_decay": "local"}, {"exchange": "allgather"}):
             # heavy-ball without decay: the same operations in the same order
             check = assert_equal if name == "heavy-ball" else assert_close
             expected, expected_optimizer = plain_run(settings, 10)
@@ -264,7 +264,7 @@ class WithPenalty(nn.Module):
 
 
 def on_local_decay() -> None:
-    for algorithm in (dgc(weight_decay="local"), dgc(weight_decay="local", masking=False, wire="dense")):
+    for algorithm in (dgc(weight_decay="local"), dgc(weight_decay="local", masking=False, exchange="dense")):
         model = wrapped()
         optimizer = momentum_sgd(model.parameters(), weight_decay=0.05)
         attachment = algorithm.attach(model, optimizer)

@@ -11,9 +11,9 @@ ALGORITHMS = {
     "dgc": (dgc(), {}),
     "dgc-nesterov-decay": (dgc(), {"nesterov": True, "weight_decay": 2.0**-5}),
     "dgc-unmasked-fp16": (dgc(masking=False, values="fp16", indices="block16"), {}),
-    "dgc-dense-wire": (dgc(wire="dense"), {}),
+    "dgc-dense-wire": (dgc(exchange="dense"), {}),
     "dgc-deferred": (dgc(nonfinite="skip"), {}),
-    "topk": (topk(wire="sparse"), {"momentum": 0.0}),
+    "topk": (topk(exchange="allgather"), {"momentum": 0.0}),
     "topk-bf16-decay": (topk(values="bf16"), {"weight_decay": 2.0**-5}),
 }
 FACTORS = {
@@ -148,7 +148,7 @@ def check_oracle(run, outcomes):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_other_numbers_of_ranks(ranks, num_ranks, nesterov):
-    run = Run(algorithm=dgc(wire="sparse"), nesterov=nesterov, buckets=8)
+    run = Run(algorithm=dgc(exchange="allgather"), nesterov=nesterov, buckets=8)
     outcomes = ranks(num_ranks)(train, run)
     simulated = simulate(run, num_ranks)
     for name in SHAPES:

@@ -179,7 +179,7 @@ def on_layout(layout, algorithm, view: bool) -> dict:
 
 
 def on_layouts() -> None:
-    for algorithm in (dgc(), topk(wire="dense"), dgc(density=1.0), dgc(weight_decay="local")):
+    for algorithm in (dgc(), topk(exchange="dense"), dgc(density=1.0), dgc(weight_decay="local")):
         for view in (False, True):
             expected = on_layout(None, algorithm, view)
             for layout in LAYOUTS:
@@ -246,8 +246,8 @@ def on_all_unused() -> None:
         for set_to_none in (True, False):
             for accumulate in (1, 2):
                 for algorithm in (
-                    topk(wire="sparse"),
-                    topk(wire="dense"),
+                    topk(exchange="allgather"),
+                    topk(exchange="dense"),
                     topk(nonfinite="skip"),
                     dgc(),  # without momentum: error feedback
                 ):
@@ -291,7 +291,7 @@ def decays_of(attachment) -> dict:
     return {name: t.clone() for name, t in attachment.state_dict()["replicated"]["decay"].items()}
 
 
-@pytest.mark.parametrize("algorithm", [dgc(), dgc(density=1.0), dgc(wire="dense", clip=5.0)], ids=str)
+@pytest.mark.parametrize("algorithm", [dgc(), dgc(density=1.0), dgc(exchange="dense", clip=5.0)], ids=str)
 def test_a_parameter_without_gradient_stands_still(ranks, algorithm):
     ranks(2)(on_unused_with_momentum, algorithm)
 

@@ -49,7 +49,7 @@ BAD = {
 }
 MODES = {
     "streaming": (dgc(), {}, 1),
-    "dense wire": (topk(wire="dense"), {}, 1),
+    "dense wire": (topk(exchange="dense"), {}, 1),
     "momentum of the average": (dgc(density=1.0), {}, 1),
     "accumulated": (dgc(), {"gradient_as_bucket_view": True}, 3),
     "deferred": (dgc(clip=1.0), {}, 1),

@@ -19,7 +19,7 @@ from training import (
 import distopt
 
 SCALE = 2.0**16
-ALGORITHMS = [dgc(), dgc(clip=0.5, values="fp16"), dgc(wire="dense", nonfinite="skip"), topk(values="bf16")]
+ALGORITHMS = [dgc(), dgc(clip=0.5, values="fp16"), dgc(exchange="dense", nonfinite="skip"), topk(values="bf16")]
 
 
 class Training:

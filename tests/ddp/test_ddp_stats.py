@@ -38,8 +38,8 @@ CASES = {
     "fp16 and block16": (dgc(density=0.05, values="fp16", indices="block16"), {}, 12 + 2 + 10 * 2 + 10 * 2 + 2, 10 * 2),
     "used flags": (topk(density=0.05), {"find_unused_parameters": True}, 12 + 4 + 10 * 4 + 10 * 4, 10 * 4),
     "bf16 model": (topk(density=0.05), {"dtype": torch.bfloat16}, 12 + 10 * 4 + 10 * 4, 10 * 2),
-    "dense wire": (dgc(density=0.05, wire="dense"), {}, 12, 840),
-    "dense wire in bf16": (dgc(density=0.05, wire="dense", values="bf16"), {}, 12, 420),
+    "dense wire": (dgc(density=0.05, exchange="dense"), {}, 12, 840),
+    "dense wire in bf16": (dgc(density=0.05, exchange="dense", values="bf16"), {}, 12, 420),
     "sent whole": (dgc(density=1.0), {}, 12, 840),
     "plain averaging": (distopt.Dense(), {}, 0, 840),
 }
@@ -68,19 +68,21 @@ def test_bytes_by_hand(ranks, num_ranks, case):
             assert (report["last"]["buckets_sparse"], report["last"]["buckets_dense"]) == (sparse, not sparse)
 
 
-@pytest.mark.parametrize(("num_ranks", "sparse"), [(2, (False, True, True)), (3, (False, True, True))])
-def test_warm_up_turns_sparse_where_that_is_cheaper(ranks, num_ranks, sparse):
-    """0.5: 12 + 100 * 8 bytes gathered against 800 reduced; 0.25: 12 + 50 * 8. Per rank and N: (N-1) and 2(N-1)/N."""
-    algorithm = dgc(density=0.05, warmup=distopt.ddp.ListWarmup(densities=(0.5, 0.25)))
-    payloads = (12 + 100 * 8, 12 + 50 * 8, 12 + 10 * 8)
-    decided = tuple((num_ranks - 1) * nbytes <= 2 * (num_ranks - 1) * 800 // num_ranks for nbytes in payloads)
-    assert decided == sparse
-    for reports in ranks(num_ranks)(on_stats, algorithm, 4):
-        for report, payload, goes_sparse in zip(reports[:3], payloads, sparse, strict=True):
-            assert report["last"]["buckets_sparse"] == goes_sparse
-            assert report["last"]["bytes_sent"] == (payload + 40 if goes_sparse else 12 + 840)
-        assert [report["last"]["entries_sent"] for report in reports] == [100, 50, 10, 10]
-        assert reports[-1]["densities"] == [0.05, 1.0]
+def test_auto_chooses_by_the_link_and_stays_sparse_where_that_hardly_matters(ranks):
+    """840 bytes: a link on which they take seconds is worth compressing for, and so is one where nothing matters."""
+    fast, slow = distopt.ddp.Link(latency_s=1e-6, bandwidth=1e12), distopt.ddp.Link(latency_s=1e-6, bandwidth=100.0)
+    for link, density, goes_sparse in ((fast, 0.05, True), (slow, 0.05, True), (slow, 0.9, False)):
+        algorithm = distopt.DGC(density=density, link=link)
+        for reports in ranks(2)(on_stats, algorithm, 2):
+            assert reports[-1]["last"]["buckets_sparse"] == goes_sparse
+            (taken,) = reports[-1]["routes"]
+            assert taken == ("allgather" if goes_sparse else "whole")
+            route = reports[-1]["routes"][taken]
+            assert route["buckets"] == 2
+            assert route["measured_s"] > 0
+            sent = reports[-1]["last"]["link_bytes_sent"]
+            if link is slow:
+                assert route["predicted_s"] == pytest.approx(sent / 100, rel=0.01)
 
 
 def test_pausing_sends_what_was_held_back_once(ranks):

@@ -8,6 +8,7 @@ from training import DTYPES, SHAPES, Chosen, chosen_gradients, dgc
 from distopt.ddp.bucket import FlatBucket
 from distopt.ddp.hook import CommHook
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
+from distopt.ddp.routing import open_routes
 
 NUM_STEPS = 6
 
@@ -40,7 +41,9 @@ def by_hand(algorithm) -> list[dict[str, torch.Tensor]]:
         )
         for name, p in named.items()
     ]
-    hook = CommHook(tracked, algorithm.step_policy(tracks_usage=False), dist.group.WORLD)
+    policy = algorithm.step_policy(tracks_usage=False)
+    routing, channels = open_routes(policy.wire, dist.group.WORLD, torch.device("cpu"))
+    hook = CommHook(tracked, policy, channels, routing)
     names = list(SHAPES)
     updates = []
     for step in range(NUM_STEPS):

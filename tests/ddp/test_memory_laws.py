@@ -80,9 +80,13 @@ def scatter(numel, indices, values):
     return torch.zeros(numel, dtype=values.dtype).index_add_(0, indices.long(), values)
 
 
+def select(memory, gradient, k):
+    return memory.select_(gradient, torch.tensor([[0, gradient.numel(), k]]), k)
+
+
 def sparse_step(memories, gradients, k):
     """The update that all ranks compute."""
-    sent = [scatter(g.numel(), *reversed(m.select_(g, k))) for m, g in zip(memories, gradients, strict=True)]
+    sent = [scatter(g.numel(), *reversed(select(m, g, k))) for m, g in zip(memories, gradients, strict=True)]
     return sum(sent) / len(memories)
 
 
@@ -123,7 +127,7 @@ def test_sparse_step_put_in_plus_held_is_sent_plus_held(name, data):
         gradient, k = data.draw(integers(numel)), data.draw(st.integers(1, numel - 1))
         total = kind.put_in(memory, gradient) + kind.held(memory)
         before = gradient.clone()
-        values, indices = memory.select_(gradient, k)
+        values, indices = select(memory, gradient, k)
         assert torch.equal(gradient, before)  # only read
         assert len(values) == k
         assert torch.equal(scatter(numel, indices, values) + kind.held(memory), total)
@@ -137,7 +141,7 @@ def test_masking_forgets_the_velocity_of_what_was_sent_and_nothing_else(name):
     for step in range(4):
         gradient = integer_gradient(50, step)
         before = memory.u.clone()
-        _, indices = memory.select_(gradient, 5)
+        _, indices = select(memory, gradient, 5)
         made = (before + gradient) * MOMENTUM if "nesterov" in name else before * MOMENTUM + gradient
         if kind.masks:
             made[indices.long()] = 0
@@ -223,7 +227,7 @@ def test_what_16_bits_cut_off_is_given_back(name, wire, scale):
     for _ in range(5):
         gradient = torch.randn(100, generator=generator) * scale
         total = kind.held(memory) + kind.put_in(memory, gradient)
-        values, indices = memory.select_(gradient, 10)
+        values, indices = select(memory, gradient, 10)
         sent, error = round_to_wire(values, wire)
         memory.give_back_(indices, error)
         assert error.any()
@@ -254,7 +258,7 @@ def test_bfloat16_residuals_send_or_hold_what_they_rounded_to(name):
         for tensor_name, tensor in state.tensors().items():
             tensor.copy_(memory.tensors()[tensor_name])
         total = (kind.held(state) + kind.put_in(state, gradient)).bfloat16()
-        values, indices = memory.select_(gradient, 10)
+        values, indices = select(memory, gradient, 10)
         assert values.dtype == torch.float32
         assert kind.held(memory).dtype == torch.bfloat16
         assert torch.equal(scatter(100, indices, values) + kind.held(memory).float(), total.float())
@@ -264,11 +268,11 @@ def test_bfloat16_residuals_send_or_hold_what_they_rounded_to(name):
 def test_restore_undoes_what_happened_since_the_snapshot(name):
     kind, memory = MEMORIES[name], MEMORIES[name].make(30)
     if kind.sparse:
-        memory.select_(integer_gradient(30, 1), 3)
+        select(memory, integer_gradient(30, 1), 3)
     snapshot = memory.snapshot()
     before = {key: tensor.clone() for key, tensor in memory.tensors().items()}
     if kind.sparse:
-        memory.select_(integer_gradient(30, 2), 3)
+        select(memory, integer_gradient(30, 2), 3)
         assert any(not torch.equal(tensor, before[key]) for key, tensor in memory.tensors().items())
     else:
         dense_step([memory], [integer_gradient(30, 2)])
@@ -287,6 +291,6 @@ def test_empty_and_single_entries_go_whole(name, numel):
 
 def test_plain_averaging_has_no_sparse_step():
     with pytest.raises(NotImplementedError, match="sends everything"):
-        NoMemory().select_(torch.ones(3), 1)
+        select(NoMemory(), torch.ones(3), 1)
     with pytest.raises(NotImplementedError, match="sends everything"):
         NoMemory().give_back_(torch.zeros(1, dtype=torch.int32), torch.ones(1))

@@ -1,4 +1,4 @@
-"""A plan tiles its bucket, counts its bytes, and takes the wire that puts less on the link."""
+"""A plan tiles its bucket, counts its bytes, and takes the route that is predicted to be fastest."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distopt
-from distopt.compress import INDEX_FORMATS, WIRE_DTYPES, allgather_bytes, allreduce_bytes
+from distopt.comm import Place
+from distopt.compress import INDEX_FORMATS, WIRE_DTYPES
 from distopt.ddp.memory import ErrorFeedback, NoMemory
 from distopt.ddp.parameters import TrackedParameter, num_selected
 from distopt.ddp.plan import plan_bucket
-from distopt.ddp.policy import WirePolicy
+from distopt.ddp.policy import Routing, WirePolicy
 
-PAPER = [0.25, 0.0625, 0.015625, 0.004, 0.001]
 HEADER = 12
 
 
@@ -34,11 +34,11 @@ def tracked(*shapes, density=0.01, dtype=torch.float32, memory=NoMemory):
     ]
 
 
-def policy(values="fp32", indices="int32", choice="auto", *, with_status=True, with_used_flags=False):
+def policy(values="fp32", indices="int32", *, with_status=True, with_used_flags=False):
     return WirePolicy(
         value_dtype=WIRE_DTYPES.get(values),
         index_format=INDEX_FORMATS[indices],
-        choice=choice,
+        exchange="auto",
         with_status=with_status,
         with_used_flags=with_used_flags,
     )
@@ -48,8 +48,19 @@ def final(entry):
     return 1.0 if entry.density is None else entry.density
 
 
-def plan(entries, wire=None, *, num_ranks=2, dtype=torch.float32, density_of=final):
-    return plan_bucket(entries, dtype, density_of, wire or policy(), num_ranks)
+def plan(
+    entries,
+    wire=None,
+    *,
+    num_ranks=2,
+    dtype=torch.float32,
+    density_of=final,
+    routes=("allgather",),
+    predict=None,
+    **place,
+):
+    routing = Routing(place=Place(num_ranks=num_ranks, **place), routes=routes, predict=predict)
+    return plan_bucket(entries, dtype, density_of, wire or policy(), routing)
 
 
 def test_positions_in_a_bucket_fit_32_bits():
@@ -66,90 +77,114 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     shapes=shapes,
     density=st.sampled_from([1e-6, 0.001, 0.25, 0.9, 1.0]),
     values=st.sampled_from(sorted(WIRE_DTYPES)),
     indices=st.sampled_from(sorted(INDEX_FORMATS)),
-    choice=st.sampled_from(["auto", "sparse", "dense"]),
+    route=st.sampled_from(["whole", "allgather", "balanced", "hierarchical", "dense"]),
     num_ranks=st.sampled_from([1, 2, 3, 8, 1000]),
     flags=st.booleans(),
+    leads=st.booleans(),
 )
-def test_slots_bytes_and_wire(shapes, density, values, indices, choice, num_ranks, flags):
+def test_slots_and_bytes_on_every_route(shapes, density, values, indices, route, num_ranks, flags, leads):
     entries = tracked(*shapes, density=density)
-    wire = policy(values, indices, choice, with_used_flags=flags)
-    made = plan(entries, wire, num_ranks=num_ranks)
+    wire = policy(values, indices, with_used_flags=flags)
+    size = 2 if num_ranks % 2 == 0 else 1
+    nodes = num_ranks // size
+    made = plan(
+        entries, wire, num_ranks=num_ranks, routes=(route,), num_nodes=nodes, node_size=size, leads=leads or size == 1
+    )
 
     position = 0
     for slot, entry in zip(made.slots, entries, strict=True):
         numel = entry.parameter.numel()
         assert (slot.start, slot.stop) == (position, position + numel)
         position += numel
-        k = num_selected(numel, density) if entry.density is not None and density < 1 else 0
+        k = num_selected(numel, density) if entry.density is not None and density < 1 and route != "whole" else 0
         assert slot.k == (0 if k == numel else k)  # what would be sent entirely goes whole
     assert made.numel == position
     assert made.count == sum(slot.k for slot in made.slots)
+    assert sorted(slot.start for group in made.groups for slot in group) == sorted(slot.start for slot in made.slots)
 
     itemsize = WIRE_DTYPES[values].itemsize
-    whole = sum(slot.stop - slot.start for slot in made.whole)
-    if made.selected_on_dense_wire:
-        assert made.count
-        assert made.dense_numel == position
-        assert made.layout.count == 0
-    else:
-        assert made.dense_numel == whole
-        assert made.layout.count == made.count
+    whole = sum(slot.numel for slot in made.whole)
     header = HEADER + (4 * -(-len(shapes) // 32) if flags else 0)
-    sparse_bytes = 0
-    if not made.selected_on_dense_wire and made.count:
-        sparse_bytes = itemsize * made.count + INDEX_FORMATS[indices].nbytes(position, made.count)
-    expected = header + sparse_bytes + itemsize * made.dense_numel
-    assert expected <= made.sent_bytes < expected + 4  # up to an item of padding
-    payload = made.sent_bytes - itemsize * made.dense_numel
-    assert made.link_bytes == allgather_bytes(num_ranks, payload) + allreduce_bytes(
-        num_ranks, itemsize * made.dense_numel
-    )
-    if choice != "auto":
-        assert made.selected_on_dense_wire == (choice == "dense" and made.count > 0)
-    again = plan(tracked(*shapes, density=density), wire, num_ranks=num_ranks)
-    assert (again.layout, again.dense_numel, again.dense_dtype) == (made.layout, made.dense_numel, made.dense_dtype)
+
+    def entries_nbytes(numel, count):
+        return itemsize * count + INDEX_FORMATS[indices].nbytes(numel, count) if count else 0
+
+    def padded(expected, found):
+        assert expected <= found < expected + 4  # up to an item of padding
+        return found
+
+    n, k = num_ranks, made.count
+    if k == 0:
+        assert made.route == "whole"
+    if made.route in ("whole", "dense"):
+        assert made.dense_numel == position
+        dense = itemsize * position
+        assert made.sent_bytes == header + dense
+        assert made.link_bytes == (n - 1) * header + 2 * (n - 1) * dense // n
+        return
+    assert made.dense_numel == whole
+    dense = itemsize * whole
+    ring = 2 * (n - 1) * dense // n
+    if made.route == "allgather":
+        payload = padded(header + entries_nbytes(position, k), made.layout.nbytes)
+        assert made.sent_bytes == payload + dense
+        assert made.link_bytes == (n - 1) * payload + ring
+        assert route == "allgather" or made.sparse_numel < n  # balanced: too little for every owner
+    elif made.route == "balanced":
+        owned, available = -(-made.sparse_numel // n), made.sparse_numel // n
+        sent, returned = min(-(-k // n), available), min(-(-4 * k // n), available)
+        first = padded(header + entries_nbytes(owned, sent), made.layout.nbytes)
+        second = padded(HEADER + entries_nbytes(owned, returned), made.returned.nbytes)
+        assert made.sent_bytes == n * first + second + dense
+        assert made.link_bytes == (n - 1) * (first + second) + ring
+    else:
+        payload = padded(HEADER + entries_nbytes(position, k), made.returned.nbytes)
+        assert made.layout.nbytes == header
+        if leads or size == 1:
+            assert made.sent_bytes == header + payload + dense
+            assert made.link_bytes == (n - 1) * header + (nodes - 1) * payload + 2 * (nodes - 1) * dense // nodes
+            assert made.node_bytes == (size - 1) * (nodes * payload + dense)
+        else:
+            assert made.sent_bytes == header + dense
+            assert made.link_bytes == (n - 1) * header
+            assert made.node_bytes == 4 * position + dense
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    shapes=shapes,
-    density=st.sampled_from(PAPER),
-    values=st.sampled_from(sorted(WIRE_DTYPES)),
-    num_ranks=st.integers(1, 2000),
-)
-def test_auto_never_puts_more_on_the_link_than_either_wire(shapes, density, values, num_ranks):
-    links = {
-        choice: plan(tracked(*shapes, density=density), policy(values, choice=choice), num_ranks=num_ranks).link_bytes
-        for choice in ("auto", "sparse", "dense")
-    }
-    header = allgather_bytes(num_ranks, HEADER + 4)
-    assert links["auto"] <= min(links["sparse"], links["dense"]) + header
+def test_of_several_routes_the_one_that_is_predicted_to_take_least():
+    seen = []
+
+    def predict(made):
+        seen.append((made.route, made.dense_dtype))
+        return {"allgather": 2.0, "whole": 1.0 if made.dense_dtype == torch.float32 else 0.5, "balanced": 3.0}[
+            made.route
+        ]
+
+    routes = ("allgather", "whole", "balanced")
+    made = plan(tracked((100, 100), (100,)), routes=routes, predict=predict)
+    assert (made.route, made.predicted_s, made.count) == ("whole", 1.0, 0)
+    assert [route for route, _ in seen] == list(routes)
+    made = plan(tracked((100, 100)), policy("fp16"), routes=routes, predict=predict)
+    assert (made.route, made.predicted_s, made.dense_dtype) == ("whole", 0.5, torch.float16)
+    assert ("whole", torch.float32) in seen[-4:]  # both are considered
+    assert plan(tracked((100,)), routes=routes, predict=predict).route == "whole"
 
 
-@pytest.mark.parametrize(
-    ("values", "indices", "ranks_sparse"),
-    [("fp32", "int32", 3), ("fp16", "int32", 2), ("fp16", "block16", 3)],
-)
-def test_the_25_percent_stage_goes_sparse_only_while_that_is_cheaper(values, indices, ranks_sparse):
-    """Break-even 8 / (d b) for fp32, 4 / (d b) against 16-bit all-reduces; headers tip the balance at equality."""
-    dense = [
-        plan(tracked((1000, 1000), density=0.25), policy(values, indices), num_ranks=n).selected_on_dense_wire
-        for n in range(1, 9)
-    ]
-    assert dense == [n > ranks_sparse for n in range(1, 9)]
+@pytest.mark.parametrize(("saved_s", "route"), [(0.1, "balanced"), (0.0006, "balanced"), (0.0004, "allgather")])
+def test_another_route_must_be_worth_it(saved_s, route):
+    seconds = {"allgather": 2.0, "whole": 2.0, "balanced": 2.0 - saved_s}
+    made = plan(tracked((100, 100)), routes=tuple(seconds), predict=lambda candidate: seconds[candidate.route])
+    assert made.route == route
 
 
-def test_a_dense_stage_is_never_dearer_than_plain_averaging_but_for_its_header():
-    for num_ranks in range(2, 65):
-        for density in PAPER:
-            made = plan(tracked((500, 400), (400,), density=density), num_ranks=num_ranks)
-            assert made.link_bytes <= allreduce_bytes(num_ranks, 4 * made.numel) + allgather_bytes(num_ranks, HEADER)
+def test_a_bucket_too_small_for_its_owners_is_gathered():
+    assert plan(tracked((3, 3), density=0.1), num_ranks=10, routes=("balanced",)).route == "allgather"
+    assert plan(tracked((3, 3), density=0.1), num_ranks=9, routes=("balanced",)).route == "balanced"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def on_huge_gradient(algorithm, dtype: torch.dtype = torch.float32, huge: float 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize(
     "algorithm",
-    [topk(values="fp16"), dgc(values="fp16", density=0.5, wire="dense"), dgc(values="fp16", density=1.0)],
+    [topk(values="fp16"), dgc(values="fp16", density=0.5, exchange="dense"), dgc(values="fp16", density=1.0)],
     ids=["sparse", "dense-wire", "whole"],
 )
 def test_huge_gradients_arrive_bit_by_bit(ranks, num_ranks, algorithm):
@@ -43,6 +43,6 @@ def test_huge_gradients_arrive_bit_by_bit(ranks, num_ranks, algorithm):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-@pytest.mark.parametrize("algorithm", [topk(density=0.5, wire="dense"), topk(), topk(density=1.0)], ids=str)
+@pytest.mark.parametrize("algorithm", [topk(density=0.5, exchange="dense"), topk(), topk(density=1.0)], ids=str)
 def test_gradients_of_a_half_precision_model_arrive_whole(ranks, num_ranks, algorithm):
     ranks(num_ranks)(on_huge_gradient, algorithm, torch.float16, 60_000.0)

@@ -156,11 +156,11 @@ def train(run: Run) -> Outcome:
 
 
 def dgc(**fields) -> distopt.DGC:
-    return distopt.DGC(**{"density": 0.1, **fields})
+    return distopt.DGC(**{"density": 0.1, "exchange": "allgather", **fields})
 
 
 def topk(**fields) -> distopt.TopK:
-    return distopt.TopK(**{"density": 0.1, **fields})
+    return distopt.TopK(**{"density": 0.1, "exchange": "allgather", **fields})
 
 
 def momentum_sgd(parameters, **settings) -> torch.optim.SGD:

@@ -1,0 +1,251 @@
+"""The laws of the routes, on real ranks: mass is conserved, density 1 is dense, all ranks agree, faults are survived.
+
+Gradients are small integers and momentum a power of two, so that what is summed in another order keeps its bits.
+"""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from training import (
+    Chosen,
+    assert_same_on_all_ranks,
+    chosen_gradients,
+    error_of,
+    memories_of,
+    momentum_sgd,
+    values_of,
+)
+
+import distopt
+
+SPARSE = ("allgather", "balanced", "hierarchical")
+
+
+def attached(algorithm, *, momentum=0.0, nesterov=False, **options):
+    model = DistributedDataParallel(Chosen(), **options)
+    optimizer = momentum_sgd(model.parameters(), lr=2.0**-6, momentum=momentum, nesterov=nesterov)
+    return model, optimizer, algorithm.attach(model, optimizer)
+
+
+def total(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums over the ranks, in float64."""
+    sums = {name: tensor.double().clone() for name, tensor in tensors.items()}
+    for tensor in sums.values():
+        dist.all_reduce(tensor)
+    return sums
+
+
+def mass(algorithm, steps, momentum, nesterov, options):
+    """Put in, sent and held, summed over all ranks and steps."""
+    model, optimizer, attachment = attached(algorithm, momentum=momentum, nesterov=nesterov, **options)
+    size = dist.get_world_size()
+    put_in = {name: torch.zeros(p.shape) for name, p in model.module.named_parameters() if p.dim() > 1}
+    updates = {name: torch.zeros(p.shape) for name, p in model.module.named_parameters() if p.dim() > 1}
+    velocity = {name: torch.zeros_like(p) for name, p in put_in.items()}
+    for step in range(steps):
+        gradients = chosen_gradients(step, 0, dist.get_rank(), torch.float32)
+        model(gradients).backward()
+        for name in put_in:
+            velocity[name] = momentum * velocity[name] + gradients[name]
+            put_in[name] += momentum * velocity[name] + gradients[name] if nesterov else velocity[name]
+            updates[name] += size * dict(model.module.named_parameters())[name].grad
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_on_all_ranks(values_of(model.module))
+    held = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+    taken = set(attachment.stats()["routes"])
+    attachment.detach()
+    return total(put_in), updates, total(held), taken
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("route", SPARSE)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_mass_is_conserved(ranks, num_ranks, route, momentum):
+    """Without masking: `sum of what was put in == N * sum of updates + sum of v`, exactly."""
+    fields = {"masking": False, "density": 0.05, "exchange": route}
+    if route == "hierarchical":
+        fields["ranks_per_node"] = num_ranks // 2
+        if num_ranks == 2:
+            pytest.skip("two nodes of one rank are no nodes")
+    for nesterov in (False, True) if momentum else (False,):
+        results = ranks(num_ranks)(mass, distopt.DGC(**fields), 12, momentum, nesterov, {"bucket_cap_mb": 0.0015})
+        for put_in, updates, held, taken in results:
+            assert taken == {route}
+            for name in put_in:
+                assert torch.equal(put_in[name], updates[name].double() + held[name]), name
+
+
+@pytest.mark.parametrize("values", ["fp16", "bf16"])
+@pytest.mark.parametrize("route", SPARSE)
+def test_rounding_loses_nothing(ranks, route, values):
+    """What 16 bits cut off, at the sender and at the owner, is in some rank's v."""
+    algorithm = distopt.TopK(density=0.05, exchange=route, values=values, ranks_per_node=2, indices="block16")
+    for put_in, updates, held, _ in ranks(4)(mass_of_reals, algorithm, 8):
+        for name in put_in:
+            torch.testing.assert_close(put_in[name], updates[name].double() + held[name], rtol=0, atol=2e-5)
+
+
+def mass_of_reals(algorithm, steps):
+    model, _, attachment = attached(algorithm)
+    named = {name: p for name, p in model.module.named_parameters() if p.dim() > 1}
+    put_in = {name: torch.zeros(p.shape) for name, p in named.items()}
+    updates = {name: torch.zeros(p.shape) for name, p in named.items()}
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(steps):
+        gradients = {name: torch.randn(p.shape, generator=generator) for name, p in model.module.named_parameters()}
+        model(gradients).backward()
+        for name, p in named.items():
+            put_in[name] += gradients[name]
+            updates[name] += dist.get_world_size() * p.grad
+        model.zero_grad()
+    held = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+    attachment.detach()
+    return total(put_in), updates, total(held), None
+
+
+def trajectory(algorithm, steps, pause_at=None):
+    model, optimizer, attachment = attached(algorithm, momentum=0.5)
+    for step in range(steps):
+        if step == pause_at:
+            attachment.pause()
+        model(chosen_gradients(step, 0, dist.get_rank(), torch.float32)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = values_of(model.module)
+    attachment.detach()
+    buffers = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in model.module.named_parameters()}
+    return parameters, buffers, memories_of(attachment)
+
+
+def test_hierarchical_with_everything_selected_per_node_is_the_all_gather_of_sums(ranks):
+    """One rank per node but for one node of two: the same updates as when the two ranks were one with their sum."""
+    algorithm = distopt.DGC(density=0.2, exchange="hierarchical", ranks_per_node=2)
+    results = ranks(4)(trajectory, algorithm, 6)
+    for parameters, buffers, _ in results[1:]:
+        for name, value in results[0][0].items():
+            assert torch.equal(parameters[name], value)
+            assert torch.equal(buffers[name], results[0][1][name])
+    followers = [results[rank][2] for rank in (1, 3)]
+    assert all(
+        not memory[key].any() for other in followers for memory in other.values() for key in memory if key == "v"
+    )
+
+
+@pytest.mark.parametrize("route", SPARSE)
+def test_pausing_sends_everything_and_goes_on_as_momentum_sgd(ranks, route):
+    """After a flush the parameters are those of momentum SGD from the start: without masking nothing is lost."""
+    common = {"masking": False, "ranks_per_node": 2}
+    flushed = ranks(4)(trajectory, distopt.DGC(density=0.1, exchange=route, **common), 8, 5)
+    dense = ranks(4)(trajectory, distopt.DGC(density=1.0, exchange=route, **common), 8)
+    for (parameters, buffers, _), (expected, momenta, _) in zip(flushed, dense, strict=True):
+        for name in parameters:
+            torch.testing.assert_close(buffers[name], momenta[name], rtol=0, atol=1e-5)
+            assert (parameters[name] - expected[name]).abs().max() < 1e-4, name
+
+
+def one_bad_step(algorithm):
+    model, optimizer, attachment = attached(algorithm, momentum=0.5)
+    messages = []
+    for step in range(4):
+        gradients = chosen_gradients(step, 0, dist.get_rank(), torch.float32)
+        if step == 1 and dist.get_rank() == 1:
+            gradients["block3.weight"][2, 2] = torch.nan
+        model(gradients).backward()
+        messages.append(error_of(optimizer.step) if step == 1 else optimizer.step())
+        optimizer.zero_grad()
+    assert_same_on_all_ranks(values_of(model.module))
+    attachment.detach()
+    return messages[1], attachment.stats()["steps"]
+
+
+@pytest.mark.parametrize("route", SPARSE)
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(ranks, route):
+    results = ranks(4)(one_bad_step, distopt.DGC(density=0.1, exchange=route, ranks_per_node=2))
+    assert {message for message, _ in results} == {results[0][0]}
+    assert "'block3.weight' on rank 1" in results[0][0]
+    assert {steps for _, steps in results} == {3}
+
+
+def with_unused(algorithm):
+    """Block 2 takes part on nobody in odd steps, block 5 on rank 0 only."""
+    model, _, attachment = attached(algorithm, find_unused_parameters=True)
+    named = {name: p for name, p in model.module.named_parameters() if p.dim() > 1}
+    put_in = {name: torch.zeros(p.shape) for name, p in named.items()}
+    updates = {name: torch.zeros(p.shape) for name, p in named.items()}
+    for step in range(8):
+        gradients = chosen_gradients(step, 0, dist.get_rank(), torch.float32)
+        if step % 2:
+            gradients |= {"block2.weight": None, "block2.bias": None}
+        if dist.get_rank():
+            gradients |= {"block5.weight": None, "block5.bias": None}
+        before = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+        model(gradients).backward()
+        for name, p in named.items():
+            if gradients[name] is not None:
+                put_in[name] += gradients[name]
+            if p.grad is not None:
+                updates[name] += dist.get_world_size() * p.grad
+        after = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+        if step % 2:
+            assert torch.equal(before["block2.weight"], after["block2.weight"])
+        model.zero_grad()
+    held = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+    attachment.detach()
+    return total(put_in), updates, total(held)
+
+
+@pytest.mark.parametrize("route", SPARSE)
+def test_parameters_without_a_part_lose_nothing(ranks, route):
+    algorithm = distopt.TopK(density=0.05, exchange=route, ranks_per_node=2)
+    for put_in, updates, held in ranks(4)(with_unused, algorithm):
+        for name in put_in:
+            assert torch.equal(put_in[name], updates[name].double() + held[name]), name
+
+
+def two_groups(algorithm):
+    """Two kinds of memory in one bucket, in turn."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(20, 20) for _ in range(6))))
+    halves = [[p for i, p in enumerate(model.parameters()) if i // 2 % 2 == half] for half in range(2)]
+    optimizer = torch.optim.SGD([{"params": halves[0]}, {"params": halves[1], "momentum": 0.5}], lr=0.1, momentum=0.9)
+    attachment = algorithm.attach(model, optimizer)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        model(torch.randn(8, 20, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_on_all_ranks(values_of(model.module))
+    found = values_of(model.module)
+    attachment.detach()
+    return found
+
+
+@pytest.mark.parametrize("route", SPARSE)
+def test_parameter_groups_with_settings_of_their_own(ranks, route):
+    algorithm = distopt.DGC(density=0.3, exchange=route, indices="block16", ranks_per_node=2)
+    found = ranks(4)(two_groups, algorithm)[0]
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def refused(**fields):
+    model = DistributedDataParallel(nn.Linear(20, 10))
+    return error_of(lambda: distopt.DGC(**fields).attach(model, momentum_sgd(model.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ranks_per_node": 3}, "ranks_per_node must divide the number of ranks, 2, got 3; leave it out"),
+        ({"ranks_per_node": 1}, "several ranks on one of them, got 2 ranks on 2 nodes; set ranks_per_node"),
+        ({"ranks_per_node": 2}, "needs several nodes .* got 2 ranks on 1 nodes"),
+        ({}, "needs several nodes .* got 2 ranks on 1 nodes"),
+    ],
+)
+def test_no_hierarchy_without_nodes(ranks, fields, message):
+    for found in ranks(2)(refused, exchange="hierarchical", **fields):
+        assert re.search(message, found), found
