@@ -21,7 +21,7 @@ class Owners {
   Owners(int64_t n, int64_t k, int64_t num_owners, Workspace& workspace)
       : k_(k),
         num_(num_owners),
-        capacity_(std::min(n / num_owners + 1, 2 * k + 64)),
+        capacity_(std::min(n / num_owners + 1, 4 * k + 64)),
         chunk_(std::max(kLeastChunk, num_owners)) {
     index_ = workspace.index.reserve(num_ * capacity_ + chunk_ + kBlock);
     key_ = workspace.key.reserve(num_ * capacity_ + chunk_ + kBlock);

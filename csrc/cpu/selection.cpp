@@ -7,8 +7,9 @@
 namespace distopt::cpu {
 namespace {
 
-constexpr int64_t kCached = 1 << 18;  // elements: v is still in a cache when it is looked at again
 constexpr int64_t kSmall = 1 << 14;   // elements: candidates for all of them cost little
+constexpr int64_t kNear = 1 << 18;    // elements: v is still in a near cache when its blocks are looked at again
+constexpr int64_t kCached = 1 << 22;  // elements: in some cache, if it is few of them
 // Above this density candidates would fill a large part of the memory of v: find the k-th key first, then collect.
 constexpr int64_t kManyFraction = 32;
 
@@ -26,7 +27,7 @@ void update_only(const Job& job, int64_t n, const Threads& threads) {
 void select(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
   if (k == 0) return update_only(job, n, threads);
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-  if (n <= kSmall ? k <= blocks : n <= kCached && k <= blocks / 2) {
+  if (n <= kNear ? k <= blocks : n <= kCached && k <= blocks / 4) {
     return select_by_maxima(job, n, k, threads, indices);
   }
   if (n <= kSmall || k <= n / kManyFraction) return select_by_candidates(job, n, k, threads, indices);
