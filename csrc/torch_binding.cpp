@@ -8,11 +8,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
 #include <tuple>
 
+#include "cpu/counters.h"
+#include "cpu/interleaved.h"
 #include "cpu/kernels.h"
 #include "cpu/scatter.h"
+#include "cpu/segments.h"
 #include "cpu/sparsify.h"
+#include "cpu/threads.h"
 
 namespace {
 
@@ -20,6 +25,8 @@ using distopt::cpu::BFloat16;
 using distopt::cpu::DType;
 using distopt::cpu::Float16;
 using distopt::cpu::Job;
+using distopt::cpu::Segment;
+using distopt::cpu::Threads;
 using distopt::cpu::Update;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -44,57 +51,125 @@ void check_flat(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.numel() <= 0x7fffffff, "distopt: ", name, " must have fewer than 2^31 elements, got ", t.numel());
 }
 
-void check_state(const Tensor& state, const char* name, const Tensor& grad, int64_t k) {
+void check_state(const Tensor& state, const char* name) {
   check_flat(state, name);
-  STD_TORCH_CHECK(state.numel() == grad.numel(), "distopt: ", name, " and grad differ in size");
   STD_TORCH_CHECK(dtype_of(state, name) != DType::kFloat16, "distopt: ", name, " must be float32 or bfloat16");
+}
+
+void check_same_size(const Tensor& state, const char* name, const Tensor& grad, int64_t k) {
+  STD_TORCH_CHECK(state.numel() == grad.numel(), "distopt: ", name, " and grad differ in size");
   STD_TORCH_CHECK(k >= 0 && k <= state.numel(), "distopt: k must be in [0, ", state.numel(), "], got ", k);
+}
+
+// The threads of torch (torch.set_num_threads). Inside a parallel region of torch they are the calling thread alone.
+Threads threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t num_tasks, Threads::Task task, void* context) {
+            torch::stable::parallel_for(0, num_tasks, 1, [=](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) task(context, i);
+            });
+          }};
+}
+
+// kNone only reads v.
+Job topk_job(const Tensor& x) {
+  const DType dtype = dtype_of(x, "x");
+  return {Update::kNone, dtype, dtype, nullptr, nullptr, const_cast<void*>(x.const_data_ptr()), 0.0f};
+}
+
+Job ef_job(const Tensor& grad, const Tensor& residual) {
+  check_flat(grad, "grad");
+  check_state(residual, "residual");
+  return {Update::kAccumulate,
+          dtype_of(grad, "grad"),
+          dtype_of(residual, "residual"),
+          grad.const_data_ptr(),
+          nullptr,
+          residual.mutable_data_ptr(),
+          0.0f};
+}
+
+Job dgc_job(const Tensor& grad, const Tensor& u, const Tensor& v, double momentum, bool nesterov) {
+  check_flat(grad, "grad");
+  check_state(u, "u");
+  check_state(v, "v");
+  STD_TORCH_CHECK(u.scalar_type() == v.scalar_type(), "distopt: u and v must have one dtype");
+  STD_TORCH_CHECK(u.numel() == v.numel(), "distopt: u and v differ in size");
+  return {nesterov ? Update::kNesterov : Update::kHeavyBall,
+          dtype_of(grad, "grad"),
+          dtype_of(v, "v"),
+          grad.const_data_ptr(),
+          u.mutable_data_ptr(),
+          v.mutable_data_ptr(),
+          static_cast<float>(momentum)};
 }
 
 std::tuple<Tensor, Tensor> run(const Job& job, const Tensor& like, int64_t k, bool masking, ScalarType value_dtype) {
   Tensor values = torch::stable::new_empty(like, {k}, value_dtype);
   Tensor indices = torch::stable::new_empty(like, {k}, ScalarType::Int);
-  distopt::cpu::sparsify(job, like.numel(), k, masking, values.mutable_data_ptr(),
+  distopt::cpu::sparsify(job, like.numel(), k, masking, threads(), values.mutable_data_ptr(),
                          static_cast<int32_t*>(indices.mutable_data_ptr()));
+  return {values, indices};
+}
+
+std::tuple<Tensor, Tensor> run_segments(const Job& job, const Tensor& grad, const Tensor& state, const Tensor& segments,
+                                        int64_t count, bool masking) {
+  STD_TORCH_CHECK(segments.is_cpu() && segments.dim() == 2 && segments.size(1) == 3 && segments.is_contiguous() &&
+                      segments.scalar_type() == ScalarType::Long,
+                  "distopt: segments must be int64 of shape (num_segments, 3), contiguous, on the CPU");
+  const auto* rows = static_cast<const Segment*>(segments.const_data_ptr());
+  const auto problem = distopt::cpu::check(rows, segments.size(0), grad.numel(), state.numel(), count);
+  STD_TORCH_CHECK(problem.rule == nullptr, "distopt: ", problem.rule, problem.row < 0 ? "" : "; row ",
+                  problem.row < 0 ? "" : std::to_string(problem.row));
+  Tensor values = torch::stable::new_empty(state, {count}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(state, {count}, ScalarType::Int);
+  distopt::cpu::sparsify_segments(job, rows, segments.size(0), masking, threads(),
+                                  static_cast<float*>(values.mutable_data_ptr()),
+                                  static_cast<int32_t*>(indices.mutable_data_ptr()));
   return {values, indices};
 }
 
 std::tuple<Tensor, Tensor> topk_abs(const Tensor& x, int64_t k) {
   check_flat(x, "x");
   STD_TORCH_CHECK(k >= 0 && k <= x.numel(), "distopt: k must be in [0, ", x.numel(), "], got ", k);
+  return run(topk_job(x), x, k, false, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> topk_abs_interleaved(const Tensor& x, int64_t k, int64_t num_owners) {
+  check_flat(x, "x");
+  STD_TORCH_CHECK(num_owners >= 1, "distopt: num_owners must be at least 1, got ", num_owners);
+  STD_TORCH_CHECK(k >= 0 && k <= x.numel() / num_owners, "distopt: k must be in [0, ", x.numel() / num_owners,
+                  "], got ", k);
   const DType dtype = dtype_of(x, "x");
-  // kNone only reads v.
-  const Job job{Update::kNone, dtype, dtype, nullptr, nullptr, const_cast<void*>(x.const_data_ptr()), 0.0f};
-  return run(job, x, k, false, x.scalar_type());
+  Tensor values = torch::stable::new_empty(x, {num_owners, k}, x.scalar_type());
+  Tensor indices = torch::stable::new_empty(x, {num_owners, k}, ScalarType::Int);
+  distopt::cpu::topk_interleaved(x.const_data_ptr(), dtype, x.numel(), k, num_owners, values.mutable_data_ptr(),
+                                 static_cast<int32_t*>(indices.mutable_data_ptr()));
+  return {values, indices};
 }
 
 std::tuple<Tensor, Tensor> ef_sparsify_(const Tensor& grad, const Tensor& residual, int64_t k) {
-  check_flat(grad, "grad");
-  check_state(residual, "residual", grad, k);
-  const Job job{Update::kAccumulate,
-                dtype_of(grad, "grad"),
-                dtype_of(residual, "residual"),
-                grad.const_data_ptr(),
-                nullptr,
-                residual.mutable_data_ptr(),
-                0.0f};
+  const Job job = ef_job(grad, residual);
+  check_same_size(residual, "residual", grad, k);
   return run(job, residual, k, false, ScalarType::Float);
 }
 
 std::tuple<Tensor, Tensor> dgc_sparsify_(const Tensor& grad, const Tensor& u, const Tensor& v, int64_t k,
                                          double momentum, bool nesterov, bool masking) {
-  check_flat(grad, "grad");
-  check_state(u, "u", grad, k);
-  check_state(v, "v", grad, k);
-  STD_TORCH_CHECK(u.scalar_type() == v.scalar_type(), "distopt: u and v must have one dtype");
-  const Job job{nesterov ? Update::kNesterov : Update::kHeavyBall,
-                dtype_of(grad, "grad"),
-                dtype_of(v, "v"),
-                grad.const_data_ptr(),
-                u.mutable_data_ptr(),
-                v.mutable_data_ptr(),
-                static_cast<float>(momentum)};
+  const Job job = dgc_job(grad, u, v, momentum, nesterov);
+  check_same_size(v, "v", grad, k);
   return run(job, v, k, masking, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> ef_sparsify_segments_(const Tensor& grad, const Tensor& residual, const Tensor& segments,
+                                                 int64_t count) {
+  return run_segments(ef_job(grad, residual), grad, residual, segments, count, false);
+}
+
+std::tuple<Tensor, Tensor> dgc_sparsify_segments_(const Tensor& grad, const Tensor& u, const Tensor& v,
+                                                  const Tensor& segments, int64_t count, double momentum, bool nesterov,
+                                                  bool masking) {
+  return run_segments(dgc_job(grad, u, v, momentum, nesterov), grad, v, segments, count, masking);
 }
 
 template <class Out>
@@ -156,10 +231,16 @@ Tensor all_finite(const Tensor& x) {
   return result;
 }
 
-// The path in use after asking for `path` (0 scalar, 1 AVX2, 2 AVX-512; -1 only asks). Unavailable: no change.
+// The path in use after asking for `path` (kernels.h; -1 only asks). Unavailable: no change.
 int64_t cpu_path(int64_t path) {
   if (path >= 0) distopt::cpu::set_path(static_cast<int>(path));
   return distopt::cpu::path();
+}
+
+// The events that all threads counted so far (counters.h).
+int64_t selection_count(int64_t counter) {
+  STD_TORCH_CHECK(counter >= 0 && counter < distopt::cpu::kNumCounters, "distopt: no counter ", counter);
+  return distopt::cpu::total(static_cast<distopt::cpu::Counter>(counter));
 }
 
 }  // namespace
@@ -168,8 +249,14 @@ STABLE_TORCH_LIBRARY_IMPL(distopt, CPU, m) {
   m.impl("topk_abs", TORCH_BOX(&topk_abs));
   m.impl("ef_sparsify_", TORCH_BOX(&ef_sparsify_));
   m.impl("dgc_sparsify_", TORCH_BOX(&dgc_sparsify_));
+  m.impl("ef_sparsify_segments_", TORCH_BOX(&ef_sparsify_segments_));
+  m.impl("dgc_sparsify_segments_", TORCH_BOX(&dgc_sparsify_segments_));
+  m.impl("topk_abs_interleaved", TORCH_BOX(&topk_abs_interleaved));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_));
   m.impl("all_finite", TORCH_BOX(&all_finite));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(distopt, CompositeExplicitAutograd, m) { m.impl("_cpu_path", TORCH_BOX(&cpu_path)); }
+STABLE_TORCH_LIBRARY_IMPL(distopt, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_path", TORCH_BOX(&cpu_path));
+  m.impl("_selection_count", TORCH_BOX(&selection_count));
+}

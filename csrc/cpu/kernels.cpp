@@ -30,12 +30,19 @@ int best_path() {
     return kAvx512;
   }
   if (avx2) return kAvx2;
+#elif defined(__aarch64__)
+  return kNeon;
 #endif
   return kScalar;
 }
 
+bool has_path(int path) {
+  const int best = best_path();
+  return path == kScalar || path == best || (path == kAvx2 && best == kAvx512);
+}
+
 bool set_path(int path) {
-  if (path < kScalar || path > best_path()) return false;
+  if (!has_path(path)) return false;
   chosen.store(path, std::memory_order_relaxed);
   return true;
 }
@@ -46,6 +53,8 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
   if (path() == kAvx512) return kAvx512Kernels;
   if (path() == kAvx2) return kAvx2Kernels;
+#elif defined(__aarch64__)
+  if (path() == kNeon) return kNeonKernels;
 #endif
   return kScalarKernels;
 }

@@ -48,6 +48,11 @@ struct Avx2Vec {
     return _mm256_min_epi32(bits, _mm256_set1_epi32(kNanKey));
   }
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
+  static int32_t largest(I key) {
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(key), _mm256_extracti128_si256(key, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1)));
+  }
   static bool any_above(I key, int32_t bound) { return above(key, bound) != 0; }
   static int count_above(I key, int32_t bound) { return __builtin_popcount(above(key, bound)); }
   static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
@@ -72,7 +77,8 @@ struct Avx2Vec {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {pass_any<Avx2Vec>, collect_any<Avx2Vec>, finite16, finite32, finite64};
+const Kernels kAvx2Kernels = {
+    pass_any<Avx2Vec>, maxima_any<Avx2Vec>, collect_any<Avx2Vec>, count_above_any, finite16, finite32, finite64};
 
 }  // namespace distopt::cpu
 

@@ -48,6 +48,7 @@ struct Avx512Vec {
     return _mm512_min_epi32(bits, _mm512_set1_epi32(kNanKey));
   }
   static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static int32_t largest(I key) { return _mm512_reduce_max_epi32(key); }
   static bool any_above(I key, int32_t bound) { return above(key, bound) != 0; }
   static int count_above(I key, int32_t bound) { return __builtin_popcount(above(key, bound)); }
   static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {
@@ -67,7 +68,8 @@ struct Avx512Vec {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {pass_any<Avx512Vec>, collect_any<Avx512Vec>, finite16, finite32, finite64};
+const Kernels kAvx512Kernels = {
+    pass_any<Avx512Vec>, maxima_any<Avx512Vec>, collect_any<Avx512Vec>, count_above_any, finite16, finite32, finite64};
 
 }  // namespace distopt::cpu
 

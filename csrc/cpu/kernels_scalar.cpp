@@ -37,6 +37,10 @@ struct PortableVec {
     bits &= set1(kAbsMask);
     return blend(bits > set1(kNanKey), set1(kNanKey), bits);
   }
+  static int32_t largest(I key) {
+    const int32_t a = key[0] > key[1] ? key[0] : key[1], b = key[2] > key[3] ? key[2] : key[3];
+    return a > b ? a : b;
+  }
   static bool any_above(I key, int32_t bound) {
     const I above = key > set1(bound);
     uint64_t halves[2];
@@ -59,6 +63,12 @@ struct PortableVec {
 
 }  // namespace
 
-const Kernels kScalarKernels = {pass_any<PortableVec>, collect_any<PortableVec>, finite16, finite32, finite64};
+const Kernels kScalarKernels = {pass_any<PortableVec>,
+                                maxima_any<PortableVec>,
+                                collect_any<PortableVec>,
+                                count_above_any,
+                                finite16,
+                                finite32,
+                                finite64};
 
 }  // namespace distopt::cpu

@@ -3,7 +3,7 @@
 //
 // Included by each kernels_*.cpp after its Vec, inside the reach of its target options; everything here is local to
 // that file. Vec gives kWidth lanes, load, store (returns what the memory now holds), add, mul, set1, key, max,
-// any_above, count_above and append. Products and sums round separately (-ffp-contract=off): results equal the
+// largest, any_above, count_above and append. Products and sums round separately (-ffp-contract=off): results equal the
 // reference bit for bit.
 #pragma once
 
@@ -77,45 +77,93 @@ void pass(const Job& job, int64_t begin, int64_t end, Candidates& c) {
   run<ScalarVec, 1, kUpdate, G, S>(job, done, end, c);
 }
 
-template <class Vec, class G, class S>
-void pass_update(const Job& job, int64_t begin, int64_t end, Candidates& c) {
-  switch (job.update) {
-    case Update::kNone:
-      return;  // has no gradient, see pass_any
-    case Update::kAccumulate:
-      return pass<Vec, Update::kAccumulate, G, S>(job, begin, end, c);
-    case Update::kHeavyBall:
-      return pass<Vec, Update::kHeavyBall, G, S>(job, begin, end, c);
-    case Update::kNesterov:
-      return pass<Vec, Update::kNesterov, G, S>(job, begin, end, c);
+// The largest keys of the blocks, and the update as in pass.
+template <class Vec, Update kUpdate, class G, class S>
+void maxima(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+  const auto* g = static_cast<const G*>(job.grad);
+  auto* u = static_cast<S*>(job.u);
+  auto* v = static_cast<S*>(job.v);
+  const auto momentum = Vec::set1(job.momentum);
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    auto most = step<Vec, kUpdate>(g, u, v, momentum, i);
+    for (int64_t j = Vec::kWidth; j < kBlock; j += Vec::kWidth) {
+      most = Vec::max(most, step<Vec, kUpdate>(g, u, v, momentum, i + j));
+    }
+    *largest++ = Vec::largest(most);
+  }
+  if (i == end) return;
+  int32_t most = 0;
+  for (; i + Vec::kWidth <= end; i += Vec::kWidth) {
+    most = ScalarVec::max(most, Vec::largest(step<Vec, kUpdate>(g, u, v, momentum, i)));
+  }
+  for (; i < end; ++i) most = ScalarVec::max(most, step<ScalarVec, kUpdate>(g, u, v, job.momentum, i));
+  *largest = most;
+}
+
+// Calls Do::run<kUpdate, G, S> with the types that the job says.
+template <class Do, Update kUpdate, class S, class... Args>
+void with_grad(const Job& job, Args&&... args) {
+  switch (job.grad_dtype) {
+    case DType::kFloat32:
+      return Do::template run<kUpdate, float, S>(job, args...);
+    case DType::kBFloat16:
+      return Do::template run<kUpdate, BFloat16, S>(job, args...);
+    case DType::kFloat16:
+      return Do::template run<kUpdate, Float16, S>(job, args...);
   }
 }
 
-template <class Vec, class S>
-void pass_grad(const Job& job, int64_t begin, int64_t end, Candidates& c) {
-  switch (job.grad_dtype) {
+template <class Do, class S, class... Args>
+void with_update(const Job& job, Args&&... args) {
+  switch (job.update) {
+    case Update::kNone:
+      return Do::template run<Update::kNone, float, S>(job, args...);
+    case Update::kAccumulate:
+      return with_grad<Do, Update::kAccumulate, S>(job, args...);
+    case Update::kHeavyBall:
+      return with_grad<Do, Update::kHeavyBall, S>(job, args...);
+    case Update::kNesterov:
+      return with_grad<Do, Update::kNesterov, S>(job, args...);
+  }
+}
+
+template <class Do, class... Args>
+void with_types(const Job& job, Args&&... args) {
+  switch (job.state_dtype) {
     case DType::kFloat32:
-      return pass_update<Vec, float, S>(job, begin, end, c);
+      return with_update<Do, float>(job, args...);
     case DType::kBFloat16:
-      return pass_update<Vec, BFloat16, S>(job, begin, end, c);
+      return with_update<Do, BFloat16>(job, args...);
     case DType::kFloat16:
-      return pass_update<Vec, Float16, S>(job, begin, end, c);
+      return Do::template run<Update::kNone, float, Float16>(job, args...);
   }
 }
 
 template <class Vec>
-void pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
-  const bool plain = job.update == Update::kNone;
-  switch (job.state_dtype) {
-    case DType::kFloat32:
-      return plain ? pass<Vec, Update::kNone, float, float>(job, begin, end, c)
-                   : pass_grad<Vec, float>(job, begin, end, c);
-    case DType::kBFloat16:
-      return plain ? pass<Vec, Update::kNone, float, BFloat16>(job, begin, end, c)
-                   : pass_grad<Vec, BFloat16>(job, begin, end, c);
-    case DType::kFloat16:
-      return pass<Vec, Update::kNone, float, Float16>(job, begin, end, c);
+struct Pass {
+  template <Update kUpdate, class G, class S>
+  static void run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+    pass<Vec, kUpdate, G, S>(job, begin, end, c);
   }
+};
+
+template <class Vec>
+void pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  with_types<Pass<Vec>>(job, begin, end, c);
+}
+
+template <class Vec>
+struct Maxima {
+  template <Update kUpdate, class G, class S>
+  static void run(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+    maxima<Vec, kUpdate, G, S>(job, begin, end, largest);
+  }
+};
+
+template <class Vec>
+void maxima_any(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+  with_types<Maxima<Vec>>(job, begin, end, largest);
 }
 
 // The positions of v whose key is above the bound.
@@ -145,6 +193,12 @@ int64_t collect_any(const Job& job, int64_t begin, int64_t end, int32_t bound, i
       return collect<Vec>(static_cast<const Float16*>(job.v), begin, end, bound, indices, room);
   }
   return 0;
+}
+
+inline int64_t count_above_any(const int32_t* keys, int64_t n, int32_t bound) {
+  int32_t above = 0;
+  for (int64_t i = 0; i < n; ++i) above += keys[i] > bound;
+  return above;
 }
 
 // Blocks large enough to vectorise, small enough to stop early.

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "dtypes.h"
+#include "parts.h"
 #include "select.h"
 
 namespace distopt::cpu {
@@ -54,19 +55,22 @@ int64_t sample_size(int64_t n, int64_t k) {
   return std::min(std::max(kWantedAbove * (n / k), kAtLeast), n / 128);
 }
 
-void sample_keys(const Job& job, int64_t n, int32_t* keys, int64_t size) {
+void sample_keys(const Job& job, int64_t n, int32_t* keys, int64_t size, const Threads& threads) {
   const int64_t stretch = n / size;
-  for (int64_t i = 0; i < size; ++i) {
-    const uint64_t hash = static_cast<uint32_t>(i) * 2654435761u;  // Knuth's multiplicative hash
-    keys[i] = new_key(job, i * stretch + static_cast<int64_t>((hash * static_cast<uint64_t>(stretch)) >> 32));
-  }
+  const Parts parts(n, threads);  // as many parts as the pass has: each sample is a miss of the cache
+  threads.each(parts.count, [&](int64_t part) {
+    for (int64_t i = size * part / parts.count; i < size * (part + 1) / parts.count; ++i) {
+      const uint64_t hash = static_cast<uint32_t>(i) * 2654435761u;  // Knuth's multiplicative hash
+      keys[i] = new_key(job, i * stretch + static_cast<int64_t>((hash * static_cast<uint64_t>(stretch)) >> 32));
+    }
+  });
 }
 
 int32_t bound_from_sample(const int32_t* keys, int64_t size, int64_t n, int64_t k) {
   const Rank rank = rank_in_sample(size, n, k);
   const auto low = static_cast<int64_t>(std::ceil(rank.expected + rank.margin)) + 1;
   // One below that sample, so that keys equal to it pass: they may all be needed when many are equal.
-  return low < size ? threshold(keys, size, low).key - 1 : kAcceptAll;
+  return low < size ? threshold(keys, size, low).bound() : kAcceptAll;
 }
 
 int32_t ceiling_from_sample(const int32_t* keys, int64_t size, int64_t n, int64_t k) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "job.h"
+#include "threads.h"
 
 namespace distopt::cpu {
 
@@ -17,7 +18,7 @@ namespace distopt::cpu {
 int64_t sample_size(int64_t n, int64_t k);
 
 // Reads grad, u and v at `size` positions, writes nothing but keys[0..size). size in [1, n].
-void sample_keys(const Job& job, int64_t n, int32_t* keys, int64_t size);
+void sample_keys(const Job& job, int64_t n, int32_t* keys, int64_t size, const Threads& threads);
 
 // Where the sample says that probably more than k of n keys are above; kAcceptAll where it cannot say. k in [1, n].
 int32_t bound_from_sample(const int32_t* keys, int64_t size, int64_t n, int64_t k);

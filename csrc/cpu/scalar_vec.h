@@ -24,6 +24,7 @@ struct ScalarVec {
   static F mul(F a, F b) { return a * b; }
   static I key(F x) { return key_of(x); }
   static I max(I a, I b) { return a > b ? a : b; }
+  static int32_t largest(I key) { return key; }
   static bool any_above(I key, int32_t bound) { return key > bound; }
   static int count_above(I key, int32_t bound) { return key > bound; }
   static int append(I key, int32_t bound, int32_t ceiling, int32_t first, int32_t* index, int32_t* keys) {

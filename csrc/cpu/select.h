@@ -33,17 +33,20 @@ struct Candidates {
 // Passes append at most this many entries between two looks at the capacity.
 inline constexpr int64_t kBlock = 64;
 
-// The k best of the candidates, in place, still in ascending index order; bound becomes the k-th key. Needs count >= k
-// >= 1.
+// The k best of the candidates, in place, still in ascending index order; nothing at or below the new bound can still
+// belong to the result. Needs count >= k >= 1.
 void cut(Candidates& c);
 
 // What a pass does when the buffer is full: cuts, or, where a ceiling says that the bracket was too wide, gives up.
 void make_room(Candidates& c);
 
-// Which of n keys are the k largest: those above `key`, and those equal to it up to position `last_tie`.
+// Which of n keys are the k largest: those above `key`, and those equal to it up to position `last_tie` (-1: none).
 struct Threshold {
   int32_t key;
   int64_t last_tie;
+
+  // All of the k largest are strictly above.
+  int32_t bound() const { return last_tie < 0 ? key : key - 1; }
 };
 
 // k in [1, n].

@@ -2,17 +2,19 @@
 // update alone when k is small.
 //
 // Paper: Lin et al., Deep Gradient Compression, ICLR 2018. NaN ranks largest, ties go to the lowest index.
-// Limits: n < 2^31; k <= n; one thread per tensor (passes take a range, so that a tensor can be split later).
+// Limits: n < 2^31; k <= n.
 #pragma once
 
 #include <cstdint>
 
 #include "job.h"
+#include "threads.h"
 
 namespace distopt::cpu {
 
 // indices[0..k): ascending. values[0..k): float for a Job that updates, else in the dtype of v.
 // With an update, v is zero at the indices afterwards, and so is u if `masking`.
-void sparsify(const Job& job, int64_t n, int64_t k, bool masking, void* values, int32_t* indices);
+void sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads& threads, void* values,
+              int32_t* indices);
 
 }  // namespace distopt::cpu

@@ -7,22 +7,33 @@
 #include <cstdint>
 #include <memory>
 
+#include "counters.h"
+
 namespace distopt::cpu {
 
-struct Workspace {
-  std::unique_ptr<int32_t[]> index;
-  std::unique_ptr<int32_t[]> key;
-  int64_t capacity = 0;
-
-  void reserve(int64_t wanted) {
-    if (wanted <= capacity) return;
-    capacity = 0;
-    index.reset();
-    key.reset();
-    index.reset(new int32_t[wanted]);  // not zeroed: pages are touched only when used
-    key.reset(new int32_t[wanted]);
-    capacity = wanted;
+class Buffer {
+ public:
+  // At least `wanted` entries; what they held is lost when it grows.
+  int32_t* reserve(int64_t wanted) {
+    if (wanted > capacity_) {
+      count(Counter::kWorkspaceGrowths);
+      capacity_ = 0;
+      entries_.reset();
+      entries_.reset(new int32_t[wanted]);  // not zeroed: pages are touched only when used
+      capacity_ = wanted;
+    }
+    return entries_.get();
   }
+
+ private:
+  std::unique_ptr<int32_t[]> entries_;
+  int64_t capacity_ = 0;
+};
+
+struct Workspace {
+  Buffer index;
+  Buffer key;
+  Buffer largest;
 
   static Workspace& of_this_thread() {
     thread_local Workspace workspace;

@@ -16,10 +16,11 @@ from distopt.ops.dispatch import (
     topk_abs,
     topk_abs_interleaved,
 )
-from distopt.ops.native import BuildInfo, backend, build_info
+from distopt.ops.native import BuildInfo, SelectionCounts, backend, build_info, selection_counts
 
 __all__ = [
     "BuildInfo",
+    "SelectionCounts",
     "all_finite",
     "backend",
     "build_info",
@@ -28,6 +29,7 @@ __all__ = [
     "ef_sparsify_",
     "ef_sparsify_segments_",
     "scatter_add_",
+    "selection_counts",
     "topk_abs",
     "topk_abs_interleaved",
 ]

@@ -1,8 +1,8 @@
 """Loads the native kernels, once, when imported, and knows which of their CPU paths is in use.
 
-The environment variable DISTOPT_CPU_CAPABILITY forces a path: scalar, avx2, avx512, or reference (torch alone). A value
-that is unknown, or that this machine or build lacks, is a ConfigError. Without the native library everything runs on
-the reference, and the first operation says so in one warning on the logger "distopt".
+The environment variable DISTOPT_CPU_CAPABILITY forces a path: scalar, avx2, avx512, neon, or reference (torch alone).
+A value that is unknown, or that this machine or build lacks, is a ConfigError. Without the native library everything
+runs on the reference, and the first operation says so in one warning on the logger "distopt".
 """
 
 import logging
@@ -17,7 +17,7 @@ from distopt.ops import schemas
 
 VARIABLE = "DISTOPT_CPU_CAPABILITY"
 REFERENCE = "reference"
-PATHS = ("scalar", "avx2", "avx512")  # in the order of csrc/cpu/kernels.h; each machine has all up to its best
+PATHS = ("scalar", "avx2", "avx512", "neon")  # in the order of csrc/cpu/kernels.h
 
 _log = logging.getLogger("distopt")
 
@@ -26,10 +26,37 @@ _log = logging.getLogger("distopt")
 class BuildInfo:
     """What does the work on CPU tensors, and why."""
 
-    backend: str  # "scalar", "avx2", "avx512" or "reference"
+    backend: str  # "scalar", "avx2", "avx512", "neon" or "reference"
     available: tuple[str, ...]  # the values that DISTOPT_CPU_CAPABILITY may take here
     library: str | None  # file of the native kernels, None without them
     problem: str | None  # why there are none, None if there are or if the reference was asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionCounts:
+    """What the native selections of this process did so far, in all threads; all zero without the native build.
+
+    Differences between two calls say what happened in between: in steady state `workspace_growths` stays as it is, and
+    on continuous data `second_collections` is far below one in a hundred `selections`.
+    """
+
+    selections: int  # tensors, segments and owners' slices that were selected from (k > 0)
+    second_collections: int  # the tensor was read once more because a sample had misled
+    full_buffers: int  # a buffer of candidates was cut before the end: ties, or a sample that had misled
+    workspace_growths: int  # allocations of a thread's workspace; results are torch's own allocations
+
+
+def selection_counts() -> SelectionCounts:
+    """Counts since the process started, of all threads."""
+    if len(_available) == 1:
+        return SelectionCounts(selections=0, second_collections=0, full_buffers=0, workspace_growths=0)
+    selections, second_collections, full_buffers, workspace_growths = map(torch.ops.distopt._selection_count, range(4))
+    return SelectionCounts(
+        selections=selections,
+        second_collections=second_collections,
+        full_buffers=full_buffers,
+        workspace_growths=workspace_growths,
+    )
 
 
 def use_path(name: str) -> None:
@@ -44,7 +71,7 @@ def use_path(name: str) -> None:
 
 
 def backend() -> str:
-    """What does the work on CPU tensors: "avx512", "avx2", "scalar" or "reference"."""
+    """What does the work on CPU tensors: "avx512", "avx2", "neon", "scalar" or "reference"."""
     return PATHS[torch.ops.distopt._cpu_path(-1)] if len(_available) > 1 else REFERENCE
 
 
@@ -80,6 +107,14 @@ def _load(library: Path | None) -> str | None:
     return None
 
 
+def _has_path(path: int) -> bool:
+    """Whether this machine has it; leaves the choice as it was."""
+    before = torch.ops.distopt._cpu_path(-1)
+    found: bool = torch.ops.distopt._cpu_path(path) == path
+    torch.ops.distopt._cpu_path(before)
+    return found
+
+
 def _choose(asked: str) -> None:
     if asked not in (REFERENCE, *PATHS):
         raise ConfigError(
@@ -97,10 +132,22 @@ _library = _find_library()
 _problem = None if _asked == REFERENCE else _load(_library)
 _available: tuple[str, ...] = (REFERENCE,)
 if _asked != REFERENCE and _problem is None:
-    _available += PATHS[: torch.ops.distopt._cpu_path(-1) + 1]
+    _available += tuple(name for path, name in enumerate(PATHS) if _has_path(path))
 if _asked:
     _choose(_asked)
 
 silent = _problem is None  # read by the dispatch on each call
 
-__all__ = ["PATHS", "REFERENCE", "VARIABLE", "BuildInfo", "announce", "backend", "build_info", "schemas", "use_path"]
+__all__ = [
+    "PATHS",
+    "REFERENCE",
+    "VARIABLE",
+    "BuildInfo",
+    "SelectionCounts",
+    "announce",
+    "backend",
+    "build_info",
+    "schemas",
+    "selection_counts",
+    "use_path",
+]

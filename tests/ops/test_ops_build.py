@@ -49,7 +49,7 @@ def test_the_variable_forces_a_path(path):
 
 def test_an_unknown_path_is_an_error():
     done = tell(DISTOPT_CPU_CAPABILITY="sse9")
-    message = "ConfigError: DISTOPT_CPU_CAPABILITY must be one of scalar, avx2, avx512, reference, got 'sse9'"
+    message = "ConfigError: DISTOPT_CPU_CAPABILITY must be one of scalar, avx2, avx512, neon, reference, got 'sse9'"
     assert message in done.stderr
 
 

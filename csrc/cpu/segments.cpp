@@ -1,0 +1,91 @@
+#include "segments.h"
+
+#include <algorithm>
+
+#include "parts.h"
+#include "sparsify.h"
+
+namespace distopt::cpu {
+namespace {
+
+// Elements from which on a segment is worth dividing among threads; shorter ones are given to one thread each.
+constexpr int64_t kDivide = 1 << 18;
+
+int64_t bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Walks along the table, and knows where the states and the results of the segment at hand are.
+struct Cursor {
+  const Segment* segment;
+  int64_t state = 0;
+  int64_t taken = 0;
+
+  void next() {
+    state += segment->numel;
+    taken += segment->k;
+    ++segment;
+  }
+};
+
+Job job_of(const Job& whole, const Cursor& at) {
+  Job job = whole;
+  const int64_t state_bytes = at.state * bytes(whole.state_dtype);
+  job.grad = static_cast<const char*>(whole.grad) + at.segment->start * bytes(whole.grad_dtype);
+  job.v = static_cast<char*>(whole.v) + state_bytes;
+  if (whole.u) job.u = static_cast<char*>(whole.u) + state_bytes;
+  return job;
+}
+
+void sparsify_one(const Job& whole, const Cursor& at, bool masking, const Threads& threads, float* values,
+                  int32_t* indices) {
+  const Segment& segment = *at.segment;
+  int32_t* positions = indices + at.taken;
+  sparsify(job_of(whole, at), segment.numel, segment.k, masking, threads, values + at.taken, positions);
+  const auto start = static_cast<int32_t>(segment.start);
+  for (int64_t i = 0; i < segment.k; ++i) positions[i] += start;
+}
+
+}  // namespace
+
+Problem check(const Segment* segments, int64_t num_segments, int64_t grad_numel, int64_t state_numel, int64_t count) {
+  int64_t end = 0, covered = 0, selected = 0;  // none can overflow: a row that passed is inside grad
+  for (int64_t row = 0; row < num_segments; ++row) {
+    const auto& [start, numel, k] = segments[row];
+    if (start < end || start > grad_numel || numel < 0 || numel > grad_numel - start) {
+      return {"segments must be ascending, apart and inside grad", row};
+    }
+    if (k < 0 || k > numel) return {"k of a segment must be in [0, numel]", row};
+    end = start + numel;
+    covered += numel;
+    selected += k;
+  }
+  if (covered != state_numel) return {"the states must have as many entries as the segments", -1};
+  if (selected != count) return {"count must be the sum of all k", -1};
+  return {nullptr, -1};
+}
+
+void sparsify_segments(const Job& job, const Segment* segments, int64_t num_segments, bool masking,
+                       const Threads& threads, float* values, int32_t* indices) {
+  const Segment* const last = segments + num_segments;
+  for (Cursor at{segments}; at.segment < last;) {
+    if (at.segment->numel >= kDivide) {
+      sparsify_one(job, at, masking, threads, values, indices);
+      at.next();
+      continue;
+    }
+    // A run of small segments: each part takes those whose states begin in its share of the run's.
+    Cursor end = at;
+    while (end.segment < last && end.segment->numel < kDivide) end.next();
+    const Parts parts(end.state - at.state, threads);
+    threads.each(parts.count, [&](int64_t part) {
+      const int64_t from = at.state + parts.begin(part), to = at.state + parts.end(part);
+      Cursor own = at;
+      while (own.segment < end.segment && own.state < from) own.next();
+      for (; own.segment < end.segment && (own.state < to || part + 1 == parts.count); own.next()) {
+        sparsify_one(job, own, masking, Threads(), values, indices);
+      }
+    });
+    at = end;
+  }
+}
+
+}  // namespace distopt::cpu

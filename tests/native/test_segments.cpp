@@ -1,0 +1,88 @@
+// Many tensors in one call: what each would give alone; and tables that would lead outside memory are refused.
+#include <limits>
+#include <set>
+
+#include "inputs.h"
+#include "native_test.h"
+#include "reference.h"
+
+namespace distopt::cpu::test {
+namespace {
+
+// Segments with gaps between, of 0 to `longest` entries.
+Call bucket(Kind kind, int64_t num_segments, int64_t longest, Random& random) {
+  Call made = call(kind, 0, 0, random);
+  while (made.update == Update::kNone) made = call(kind, 0, 0, random);
+  made.segments.clear();
+  int64_t end = 0, covered = 0;
+  for (int64_t i = 0; i < num_segments; ++i) {
+    const auto gap = static_cast<int64_t>(random() % 3), numel = static_cast<int64_t>(random() % (longest + 1));
+    const int64_t k = random() % 2 ? (numel + 99) / 100 : static_cast<int64_t>(random() % (numel + 1));
+    made.segments.push_back({end + gap, numel, k});
+    end += gap + numel;
+    covered += numel;
+  }
+  made.grad = tensor(kind, made.grad_dtype, end, random);
+  made.v = tensor(kind, made.state_dtype, covered, random);
+  made.u.clear();
+  if (made.update != Update::kAccumulate) made.u = tensor(Kind::kNormal, made.state_dtype, covered, random);
+  return made;
+}
+
+}  // namespace
+
+TEST(segments_as_alone) {
+  Random random(7);
+  for (const Kind kind : kKinds) {
+    for (int round = 0; round < 4; ++round) {
+      check_everywhere(bucket(kind, static_cast<int64_t>(random() % 12), 300, random));
+    }
+    check_everywhere(bucket(kind, 5, 9000, random));
+  }
+}
+
+TEST(small_and_large_segments_with_threads) {
+  Random random(8);
+  Call made = bucket(Kind::kNormal, 300, 1000, random);
+  Call large = bucket(Kind::kNormal, 2, 280000, random);
+  check_everywhere(made);
+  check_everywhere(large);
+  // Small ones around one that is divided among the threads.
+  Call both = bucket(Kind::kTies, 100, 2000, random);
+  const Segment& last = both.segments.back();
+  both.segments.push_back({last.start + last.numel, 300000, 300});
+  both.segments.push_back({last.start + last.numel + 300000, 5, 5});
+  const int64_t grad_numel = both.segments.back().start + 5;
+  both.grad = tensor(Kind::kNormal, both.grad_dtype, grad_numel, random);
+  int64_t covered = 0;
+  for (const Segment& segment : both.segments) covered += segment.numel;
+  both.v = tensor(Kind::kNormal, both.state_dtype, covered, random);
+  if (!both.u.empty()) both.u = tensor(Kind::kNormal, both.state_dtype, covered, random);
+  check_everywhere(both);
+}
+
+TEST(tables_that_lead_outside_are_refused) {
+  constexpr int64_t kHuge = std::numeric_limits<int64_t>::max(), kLeast = std::numeric_limits<int64_t>::min();
+  const auto refused = [](std::vector<Segment> rows, int64_t row, int64_t states = 8, int64_t count = 2) {
+    const Problem problem = check(rows.data(), static_cast<int64_t>(rows.size()), 10, states, count);
+    CHECK(problem.rule != nullptr && problem.row == row, problem.rule ? problem.rule : "accepted");
+  };
+  CHECK(check(nullptr, 0, 10, 0, 0).rule == nullptr, "an empty table");
+  const Segment good[] = {{1, 5, 1}, {6, 0, 0}, {7, 3, 1}};
+  CHECK(check(good, 3, 10, 8, 2).rule == nullptr, "a good table");
+  refused({{3, 8, 2}}, 0);
+  refused({{-1, 8, 2}}, 0);
+  refused({{0, -1, 0}, {0, 8, 2}}, 0);
+  refused({{0, 5, 1}, {4, 3, 1}}, 1);
+  refused({{5, 5, 1}, {0, 3, 1}}, 1);
+  for (const int64_t wrong : {kHuge, kHuge - 7, kLeast, int64_t{-1}}) {
+    refused({{wrong, 8, 2}}, 0);
+    refused({{1, wrong, 2}}, 0);
+    refused({{1, 8, wrong}}, 0);
+  }
+  refused({{0, 8, 9}}, 0, 8, 9);
+  refused({{0, 7, 2}}, -1);
+  refused({{0, 8, 2}}, -1, 8, 3);
+}
+
+}  // namespace distopt::cpu::test
