@@ -1,11 +1,13 @@
 """The heartbeats of a real group: who starts them, and what is said where datagrams do not get through."""
 
+import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,75 +93,72 @@ def test_the_interface_of_gloo_comes_first_then_the_way_to_the_master(monkeypatc
     assert rollcall._own_address() == "127.0.0.1"
 
 
-# How a rank ends: what the one that is left hears of it. Rank 1 does `{ending}` and rank 0 says what it gets.
-ENDING = """
-import os, signal, sys, threading, torch, torch.distributed as dist
-from distopt.comm import open_heartbeat
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-told = threading.Event()
-def lost(error):
-    print(error, flush=True)
-    told.set()
-beat, _ = open_heartbeat(dist.group.WORLD, torch.device("cpu"), timeout_s=float(sys.argv[4]), on_loss=lost)
-print("watching", flush=True)
-if dist.get_rank() == 1:
-    exec(sys.argv[3])
-else:
-    told.wait()
-    os._exit(0)
+def rank_of_two(rank: int, store: str, timeout_s: float, ending: str, pipe) -> None:
+    """Rank 1 ends as it is told to; rank 0 sends what it hears of that."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    told = threading.Event()
+    beat, _ = open_heartbeat(dist.group.WORLD, CPU, timeout_s=timeout_s, on_loss=lambda error: told.set())
+    if rank == 1:
+        exec(ending)
+    elif ending:
+        assert told.wait(60)
+        pipe.send(str(beat.error))
+    else:
+        end = time.monotonic() + 60
+        while not beat._table.left() and beat.error is None and time.monotonic() < end:
+            time.sleep(0.02)
+        pipe.send((beat._table.left(), str(beat.error)))
+
+
+# Processes that multiprocessing starts know no atexit, a script does: with these both ways are tested.
+FORKS = multiprocessing.get_context("forkserver")
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+from test_rollcall import *
+rank_of_two(1, {store!r}, {timeout_s}, "", None)
+{ending}
 """
+
+
+def what_rank_0_hears(store, timeout_s, ending, *, in_script):
+    ours, theirs = FORKS.Pipe()
+    ranks = [FORKS.Process(target=rank_of_two, args=(0, store, timeout_s, ending, theirs))]
+    if not in_script:
+        ranks.append(FORKS.Process(target=rank_of_two, args=(1, store, timeout_s, ending, theirs)))
+    for process in ranks:
+        process.start()
+    script = None
+    try:
+        if in_script:
+            code = SCRIPT.format(here=str(Path(__file__).parent), store=store, timeout_s=timeout_s, ending=ending)
+            script = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        assert ours.poll(60), "rank 0 heard nothing"
+        return ours.recv()
+    finally:
+        for process in ranks + [script] * in_script:
+            process.kill()
+        for process in ranks:
+            process.join()
+        if script is not None:
+            script.wait()
 
 
 @pytest.mark.parametrize(
     ("ending", "timeout_s", "said"),
     [
-        ("signal.pause()", 1.0, "no heartbeat for"),  # and is stopped from outside
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1.0, "no heartbeat for"),
+        ("import signal; os.kill(os.getpid(), signal.SIGSTOP)", 1.0, "no heartbeat for"),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 1.0, "no heartbeat for"),
         ("raise ValueError('the script is wrong')", 3600.0, "it ended with an error"),
     ],
     ids=["stopped", "killed", "failed"],
 )
 def test_how_a_process_ends_is_told(tmp_path, ending, timeout_s, said):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ENDING, str(tmp_path / "store"), str(rank), ending, str(timeout_s)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    timer = threading.Timer(60, processes[0].kill)
-    timer.start()
-    try:
-        assert processes[0].stdout.readline() == "watching\n"
-        if ending == "signal.pause()":
-            assert processes[1].stdout.readline() == "watching\n"
-            processes[1].send_signal(signal.SIGSTOP)
-        message = processes[0].stdout.readline()
-        assert f"lost rank 1 ({socket.gethostname()}): {said}" in message
-    finally:
-        timer.cancel()
-        for process in processes:
-            process.kill()
-            process.wait()
+    heard = what_rank_0_hears(str(tmp_path / "store"), timeout_s, ending, in_script="raise" in ending)
+    assert f"lost rank 1 ({socket.gethostname()}): {said}" in heard
 
 
-def test_a_process_that_ends_well_is_not_missed(tmp_path):
-    """Also one that multiprocessing started, which knows no atexit: hence both ways."""
-    script = (
-        "import sys, time, torch, torch.multiprocessing as mp, torch.distributed as dist\n"
-        "from distopt.comm import open_heartbeat\n"
-        "def work(rank, store):\n"
-        "    dist.init_process_group('gloo', init_method='file://' + store, rank=rank, world_size=2)\n"
-        "    beat, _ = open_heartbeat(dist.group.WORLD, torch.device('cpu'), timeout_s=0.5, on_loss=print)\n"
-        "    if rank == 0:\n"
-        "        while not beat._table.left() and beat.error is None: time.sleep(0.05)\n"
-        "        print('left', beat._table.left(), 'lost', beat._table.lost(), flush=True)\n"
-        "if __name__ == '__main__':\n"
-        "    mp.spawn(work, (sys.argv[1],), nprocs=2)\n"
-    )
-    (tmp_path / "spawning.py").write_text(script)
-    ran = subprocess.run(
-        [sys.executable, str(tmp_path / "spawning.py"), str(tmp_path / "store")],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert "left [1] lost []" in ran.stdout, ran.stdout + ran.stderr
+@pytest.mark.parametrize("in_script", [False, True], ids=["multiprocessing", "script"])
+def test_a_process_that_ends_well_is_not_missed(tmp_path, in_script):
+    heard = what_rank_0_hears(str(tmp_path / "store"), 1.0, "", in_script=in_script)
+    assert heard == ([1], "None")
