@@ -15,6 +15,7 @@ from distopt.errors import (
     DesyncError,
     DistoptError,
     NonFiniteGradientError,
+    PeerLostError,
     StateMismatchError,
 )
 from distopt.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "DesyncError",
     "DistoptError",
     "NonFiniteGradientError",
+    "PeerLostError",
     "StateMismatchError",
     "TopK",
     "__version__",

@@ -3,6 +3,8 @@
 Each message gives the offending value, the rule it broke and what to do instead.
 """
 
+from collections.abc import Sequence
+
 
 class DistoptError(Exception):
     """Base of every error that distopt raises on purpose."""
@@ -30,3 +32,15 @@ class DesyncError(DistoptError, RuntimeError):
 
 class DecodeError(DistoptError, ValueError):
     """What arrived cannot be decoded: a payload does not fit its header."""
+
+
+class PeerLostError(DistoptError, RuntimeError):
+    """Other ranks of the job are gone: dead, stopped or cut off. Raised on every rank that is left.
+
+    Attributes:
+        ranks: Which ones, ascending.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

@@ -15,6 +15,7 @@ BUILTIN = {
     "NonFiniteGradientError": ArithmeticError,
     "DesyncError": RuntimeError,
     "DecodeError": ValueError,
+    "PeerLostError": RuntimeError,
     "DistoptError": Exception,
 }
 

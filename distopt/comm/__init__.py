@@ -3,14 +3,17 @@
 from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
+from distopt.comm.heartbeat import Heartbeat
 from distopt.comm.link import Link, LinkModel, measure_link
 from distopt.comm.nodes import Nodes, Place, find_nodes
+from distopt.comm.rollcall import open_heartbeat
 from distopt.comm.serial import SerialWorker
 from distopt.comm.shutdown import await_at_exit
 from distopt.comm.stopwatch import median_seconds
 
 __all__ = [
     "Channels",
+    "Heartbeat",
     "Link",
     "LinkModel",
     "Nodes",
@@ -26,6 +29,7 @@ __all__ = [
     "measure_link",
     "median_seconds",
     "open_channels",
+    "open_heartbeat",
     "raise_together",
     "reduce_to_first",
 ]

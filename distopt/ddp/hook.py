@@ -90,6 +90,7 @@ class CommHook:
         self._agreed = False
         self._refusing = False
         self._flushed_at = -2
+        self._fatal: DistoptError | None = None
 
     def start_at(self, step: int, *, sends_whole: bool) -> None:
         """Goes on from a checkpoint: on every rank, because the next step begins with a collective that compares."""
@@ -108,6 +109,8 @@ class CommHook:
         """
         plan = self._plan(bucket)
         self.left_out = False
+        if self._fatal is not None:
+            return self._refuse(bucket)
         if not self._agreed and not self._refusing:
             self._agree_on_start(bucket.buffer().device)
         if self._refusing:
@@ -136,11 +139,21 @@ class CommHook:
 
     def take_failure(self) -> DistoptError | None:
         """What went wrong in the latest step, once: the error to raise where the user can catch it."""
+        if self._fatal is not None:
+            return self._fatal
         failure, self._exchange.failure = self._exchange.failure, None
         reports, self._exchange.nonfinite = self._exchange.nonfinite, []
         if failure is None and reports:  # buckets land in any order, the message is the same on every rank
             failure = nonfinite_error(sorted(set(reports), key=lambda r: (self._order[r.name], r.rank)))
         return failure
+
+    def fail(self, error: DistoptError) -> None:
+        """Ends the exchange for good, from any thread: open buckets and all that follow are completed with zeros.
+
+        The error is raised at every `optimizer.step()` from now on, although the collectives never complete.
+        """
+        self._fatal = error
+        self._exchange.abort(error)
 
     def _agree_on_start(self, device: torch.device) -> None:
         """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
