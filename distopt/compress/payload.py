@@ -42,6 +42,8 @@ class PayloadLayout:
         num_flags: Used-bits in the header, one per tensor; 0 sends none.
         value_dtype: Dtype of the values on the wire.
         index_format: How positions are written.
+        num_dense: Values that travel without a position, behind the others.
+        dense_dtype: Their dtype.
     """
 
     numel: int
@@ -49,15 +51,18 @@ class PayloadLayout:
     num_flags: int
     value_dtype: torch.dtype
     index_format: IndexFormat
+    num_dense: int = 0
+    dense_dtype: torch.dtype = torch.float32
 
     @cached_property
     def _sections(self) -> list[tuple[torch.dtype, int, int]]:
-        """(dtype, length, first byte) of the header, each index section and the values, in that order."""
+        """(dtype, length, first byte) of the header, each index section, values and dense values, in that order."""
         index_sections = self.index_format.sections(self.numel, self.count) if self.count else ()
         sections = [
             (torch.int32, 3 + -(-self.num_flags // 32)),
             *index_sections,
             (self.value_dtype, self.count),
+            (self.dense_dtype, self.num_dense),
         ]
         starts = {}
         position = 0
@@ -73,21 +78,24 @@ class PayloadLayout:
         alignment = max(dtype.itemsize for dtype, _, _ in self._sections)
         return -(-end // alignment) * alignment
 
-    def pack(self, header: Header, indices: Tensor, values: Tensor) -> Tensor:
+    def pack(self, header: Header, indices: Tensor, values: Tensor, dense: Tensor | None = None) -> Tensor:
         """The payload, uint8, shape (..., nbytes): one for each row, with the same header.
 
         Args:
             header: What the sender says about it.
             indices: int32, shape (..., count), ascending.
             values: Shape (..., count), already in `value_dtype`.
+            dense: Shape (..., num_dense), already in `dense_dtype`.
         """
         payload = torch.zeros((*values.shape[:-1], self.nbytes), dtype=torch.uint8, device=values.device)
-        head, *index_views, value_view = self._views(payload)
+        head, *index_views, value_view, dense_view = self._views(payload)
         head.copy_(torch.tensor(self._header_words(header), dtype=torch.int32))
         if self.count:
             for view, section in zip(index_views, self.index_format.encode(indices, self.numel), strict=True):
                 view.copy_(section)
             value_view.copy_(values)
+        if dense is not None:
+            dense_view.copy_(dense)
         return payload
 
     def unpack_header(self, payload: Tensor) -> Header:
@@ -111,14 +119,23 @@ class PayloadLayout:
         Raises:
             DecodeError: The bytes are too few or too many, or the sections contradict each other.
         """
-        _, *index_views, values = self._views(payload)
+        _, *index_views, values, _ = self._views(payload)
         if not self.count:
             return torch.empty(values.shape, dtype=torch.int32, device=payload.device), values
         return self.index_format.decode(tuple(index_views), self.numel), values
 
+    def unpack_dense(self, payload: Tensor) -> Tensor:
+        """The values without positions, `dense_dtype`, shape (..., num_dense), of payloads (..., nbytes).
+
+        Raises:
+            DecodeError: The bytes are too few or too many.
+        """
+        return self._views(payload)[-1]
+
     @cached_property
     def _fingerprint(self) -> int:
-        facts = (self.numel, self.count, self.num_flags, str(self.value_dtype), type(self.index_format).__name__)
+        formats = (str(self.value_dtype), type(self.index_format).__name__, str(self.dense_dtype))
+        facts = (self.numel, self.count, self.num_flags, self.num_dense, *formats)
         return zlib.crc32(repr(facts).encode()) & 0x7FFFFFFF  # the header's words are signed
 
     def _header_words(self, header: Header) -> list[int]:

@@ -49,12 +49,12 @@ def unused_slots(plan: BucketPlan, headers: Sequence[Header]) -> frozenset[Slot]
     return frozenset(slot for slot, by_any in zip(plan.slots, used, strict=True) if not by_any)
 
 
-def write_update(item: InFlight, update: Tensor) -> None:
-    """Puts the update together in `update`, shape (numel,): the buffer itself, or a wider tensor beside it."""
-    plan = item.plan
+def write_update(item: InFlight) -> None:
+    """Puts the update together from what has arrived."""
+    plan, update = item.plan, item.update
     unused = unused_slots(plan, item.headers)
     if item.arrived:
-        update.zero_()
+        item.clear_update()
         for indices, values in item.arrived:
             ops.scatter_add_(update, indices, values.to(update.dtype).mul_(1.0 / plan.num_ranks))
     if item.reduced is not None:

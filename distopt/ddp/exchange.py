@@ -39,6 +39,7 @@ class Exchange:
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._groups: dict[BucketPlan, Groups] = {}
         self._open: set[InFlight] = set()
+        self._aborted: DistoptError | None = None
         self._lock = threading.Lock()
 
     def start(
@@ -54,6 +55,7 @@ class Exchange:
         """
         item = InFlight(
             bucket=bucket,
+            update=self._workspace(bucket, plan),
             plan=plan,
             header=header,
             unused=unused,
@@ -74,6 +76,8 @@ class Exchange:
             buckets_dense=plan.route in ("whole", "dense"),
         )
         ROUTES[plan.route](item, self._channels, self._statistics, self._land)
+        if self._aborted is not None:  # while this bucket was on its way into the set of open ones
+            self.abort(self._aborted)
         return item.future
 
     def forget_groups(self) -> None:
@@ -83,6 +87,7 @@ class Exchange:
     def abort(self, error: DistoptError) -> None:
         """Completes every open bucket with zeros, whatever its collectives do, and keeps the error."""
         self.failure = self.failure or error
+        self._aborted = error
         with self._lock:
             items, self._open = self._open, set()
         for item in items:
@@ -131,13 +136,13 @@ class Exchange:
             self.nonfinite += reports
             buffer.zero_()
             return
-        update = self._workspace(item.bucket, item.plan, buffer)
-        write_update(item, update)
-        if update is not buffer:
-            buffer.copy_(update)
+        write_update(item)
+        if item.update is not buffer:
+            buffer.copy_(item.update)
 
-    def _workspace(self, bucket: Bucket, plan: BucketPlan, buffer: Tensor) -> Tensor:
+    def _workspace(self, bucket: Bucket, plan: BucketPlan) -> Tensor:
         """Where the update is put together: the buffer, or for 16-bit buckets a float32 tensor that is reused."""
+        buffer = bucket.buffer()
         if buffer.dtype.itemsize >= 4:
             return buffer
         key = (bucket.index(), plan.numel)

@@ -24,6 +24,7 @@ class InFlight:
         header: This rank's status.
         unused: Slots that this rank's backward pass did not reach.
         groups: The joined memories.
+        update: Where the update is put together: the buffer, or a wider tensor beside it.
         future: Completed when the buffer holds the update.
         began: When it was handed over, by `time.perf_counter`.
         contribution: What this rank sends.
@@ -38,6 +39,7 @@ class InFlight:
     header: Header
     unused: frozenset[Slot]
     groups: Groups
+    update: Tensor
     future: Future[Tensor]
     began: float
     contribution: Contribution | None = None
@@ -45,6 +47,7 @@ class InFlight:
     headers: list[Header] = dataclasses.field(default_factory=list)
     arrived: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     reduced: Tensor | None = None
+    _cleared: bool = False
     _completed: bool = False
     _lock: Any = dataclasses.field(default_factory=threading.Lock)
 
@@ -58,6 +61,12 @@ class InFlight:
         for slot in self.unused:
             if slot.k:
                 self.snapshots[slot] = slot.tracked.memory.snapshot()
+
+    def clear_update(self) -> None:
+        """Sets the update to zero, once. From then on the gradient is gone."""
+        if not self._cleared:
+            self._cleared = True
+            self.update.zero_()
 
     def complete(self, error: Exception | None = None) -> bool:
         """Completes the future, once; False if that has been done."""

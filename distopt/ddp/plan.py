@@ -4,8 +4,9 @@ A plan is a pure function of facts that all ranks share (parameters, densities, 
 every rank launches the same collectives with the same sizes without asking.
 
 Words: a parameter is *sparse* if k of its entries are selected in this step, else it is sent *whole*. Whole parameters
-travel by all-reduce; that is the bucket's *dense part*. Selected entries travel by the plan's *route*: all-gathered,
-balanced over owners, hierarchically over nodes, or scattered into zeros and all-reduced too (the *dense wire*).
+travel by all-reduce, or with the selected entries where they are few; that is the *dense part*. Selected entries travel
+by the plan's *route*: all-gathered, balanced over owners, hierarchically over nodes, or scattered into zeros and
+all-reduced too (the *dense wire*).
 """
 
 import dataclasses
@@ -30,6 +31,10 @@ from distopt.errors import CompatibilityError
 
 # Another route must save this much: less is lost in the noise of what was measured, and changing back costs a flush.
 WORTH_S = 5e-4
+
+
+# A dense part of so few bytes on the link travels with the selected entries: a second collective costs more.
+SMALL_NBYTES = 1 << 16
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -153,13 +158,18 @@ class BucketPlan:
 
     @cached_property
     def dense_numel(self) -> int:
-        """Entries of the all-reduce."""
+        """Entries of the dense part."""
         return self.dense_sections[-1].stop if self.dense_sections else 0
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether there is an all-reduce: a dense part that does not travel with the selected entries."""
+        return bool(self.dense_numel) and not (self.layout and self.layout.num_dense)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the all-reduce's tensor."""
-        return self.dense_numel * self.dense_dtype.itemsize
+        return self.dense_numel * self.dense_dtype.itemsize if self.is_reduced else 0
 
     @cached_property
     def sent_bytes(self) -> int:
@@ -282,7 +292,10 @@ def _on_route(
     if route == "hierarchical":
         second = layout(numel, count, with_status=False)
     elif route == "allgather":
-        first, second = layout(numel, count), None
+        first = layout(numel, count)
+        num_dense = sum(slot.numel * slot.num_outgoing for slot in slots if not slot.k)
+        if (place.num_ranks - 1) * num_dense * dense_dtype.itemsize <= SMALL_NBYTES:
+            first = dataclasses.replace(first, num_dense=num_dense, dense_dtype=dense_dtype)
     elif route == "whole" and not policy.with_status:
         first = None
     return BucketPlan(

@@ -71,7 +71,7 @@ class Predictor:
             seconds += self.link.allgather_s(n, first)
         if plan.route == "hierarchical":
             seconds += self._through_leaders_s(plan, second)
-        elif plan.dense_numel:
+        elif plan.is_reduced:
             # what was held back goes out once, and does not count for the choice
             once = plan.dense_nbytes if plan.route != "whole" else plan.numel * plan.dense_dtype.itemsize
             seconds += self.link.allreduce_s(n, once)
@@ -84,7 +84,7 @@ class Predictor:
         inside = self.node_link.gather_to_first_s(size, plan.numel * 4 + plan.dense_nbytes)
         back = self.node_link.gather_to_first_s(size, nodes * payload_nbytes + plan.dense_nbytes)
         between = self.leader_link.allgather_s(nodes, payload_nbytes)
-        if plan.dense_numel:
+        if plan.is_reduced:
             between += self.leader_link.allreduce_s(nodes, plan.dense_nbytes)
         return inside + back + between
 

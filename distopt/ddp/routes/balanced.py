@@ -47,6 +47,8 @@ def send(
             item.reduced = item.contribution.dense
             averaged = all_reduce_sum(item.reduced, channels.world)
 
+    item.clear_update()  # nothing of the gradient is needed any more
+
     def phases() -> None:
         try:
             with record_function("distopt::exchange"):
