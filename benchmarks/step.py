@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,20 +27,24 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt.cli.machine import machine, versions
 
+INFINITE = distopt.ddp.Link(latency_s=1e-9, bandwidth=1e15)  # on which dense always wins
 CONTENDERS = {
     "plain DDP": None,
     "distopt.Dense()": distopt.Dense(),
-    "DGC 0.1%": distopt.DGC(density=0.001),
-    "DGC 0.1% fp16 block16": distopt.DGC(density=0.001, values="fp16", indices="block16"),
-    "DGC 25%": distopt.DGC(density=0.25),  # the first stage of the warm-up
-    "DGC 25% dense wire": distopt.DGC(density=0.25, exchange="dense"),
-    "TopK 0.1%": distopt.TopK(density=0.001),
+    "DGC 0.1%": distopt.DGC(density=0.001, exchange="allgather"),
+    "DGC 0.1% auto": distopt.DGC(density=0.001),
+    "DGC 0.1% balanced": distopt.DGC(density=0.001, exchange="balanced"),
+    "DGC 0.1% fp16 block16": distopt.DGC(density=0.001, values="fp16", indices="block16", exchange="allgather"),
+    "DGC 25%": distopt.DGC(density=0.25, exchange="allgather"),  # the first stage of the warm-up
+    "DGC 25% auto": distopt.DGC(density=0.25),
+    "DGC auto, infinite link": distopt.DGC(density=0.25, link=INFINITE),
+    "TopK 0.1%": distopt.TopK(density=0.001, exchange="allgather"),
 }
 HOOK_SECONDS = ("seconds_selecting", "seconds_communicating", "seconds_decoding")
 BASELINE = "plain DDP"
 
 
-def stepper(algorithm: distopt.DGC | None) -> Callable[[], dict[str, float]]:
+def stepper(algorithm: distopt.DGC | None) -> Callable[[], dict[str, Any]]:
     """A function that takes one training step and returns its milliseconds."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048))
@@ -48,7 +53,7 @@ def stepper(algorithm: distopt.DGC | None) -> Callable[[], dict[str, float]]:
     attachment = algorithm.attach(model, optimizer) if algorithm else None
     images = torch.randn(64, 784, generator=torch.Generator().manual_seed(dist.get_rank()))
 
-    def step() -> dict[str, float]:
+    def step() -> dict[str, Any]:
         dist.barrier()
         began = time.perf_counter()
         optimizer.zero_grad()
@@ -56,7 +61,8 @@ def stepper(algorithm: distopt.DGC | None) -> Callable[[], dict[str, float]]:
         optimizer.step()
         took = {"step": 1e3 * (time.perf_counter() - began)}
         if attachment is not None:
-            took |= {key: 1e3 * attachment.stats()["last"][key] for key in HOOK_SECONDS}
+            stats = attachment.stats()
+            took |= {key: 1e3 * stats["last"][key] for key in HOOK_SECONDS} | {"routes": "+".join(stats["routes"])}
         return took
 
     return step
@@ -77,7 +83,10 @@ def main() -> None:
         ratios = [each[name]["step"] / each[BASELINE]["step"] for each in rounds]
         low, middle, high = statistics.quantiles(ratios, n=4)
         results[name] = {
-            "ms": {key: statistics.median(each[name][key] for each in rounds) for key in rounds[0][name]},
+            "ms": {
+                key: statistics.median(each[name][key] for each in rounds) for key in rounds[0][name] if key != "routes"
+            },
+            "routes": rounds[-1][name].get("routes", ""),
             "ratio_to_plain_ddp": {"median": middle, "quartile_1": low, "quartile_3": high},
         }
     if dist.get_rank() == 0:
@@ -90,7 +99,8 @@ def main() -> None:
             ms, ratio = result["ms"], result["ratio_to_plain_ddp"]
             spread = f"{ratio['median']:.2f} [{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}]"
             inside = [f"{ms[key]:.1f}" if key in ms else "" for key in HOOK_SECONDS]
-            print(f"{name:24}{ms['step']:>9.1f} {spread:>20} {inside[0]:>11} {inside[1]:>14} {inside[2]:>9}")
+            print(f"{name:24}{ms['step']:>9.1f} {spread:>20} {inside[0]:>11} {inside[1]:>14} {inside[2]:>9}", end="  ")
+            print(result["routes"])
         if options.json:
             content = {
                 "command": shlex.join(["torchrun", "--nproc-per-node", str(dist.get_world_size()), *sys.argv]),

@@ -14,8 +14,10 @@ from typer import Option
 
 from distopt.cli import compare as comparison
 from distopt.cli import datasets, info, machine, report
+from distopt.cli import link as links
 from distopt.cli.progress import show_progress
-from distopt.errors import DistoptError
+from distopt.comm import Link
+from distopt.errors import ConfigError, DistoptError
 from distopt.version import __version__
 
 app = typer.Typer(
@@ -168,6 +170,53 @@ def compare(
     console.print(report.notes(results), highlight=False)
     report.plot(results, out / "compare.png", title)
     console.print(f"Plot: {out / 'compare.png'}\nFigures: {out / 'compare.json'}", highlight=False)
+
+
+@app.command(name="link")
+def measure_link(
+    parameters: Annotated[int, Option(min=1, help="Parameters of the model to advise for.")] = 25_557_032,
+    density: Annotated[float, Option(help="Part of the gradient to send, in (0, 1].")] = 1e-3,
+    ranks: Annotated[
+        int | None,
+        Option(min=2, help="Ranks to advise for. Default: those that measure.", show_default=False),
+    ] = None,
+    latency: Annotated[
+        float | None,
+        Option(help="Seconds of one message: with --bandwidth, a link that is given.", show_default=False),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, Option(help="Bytes per second that one rank sends, as --latency.", show_default=False)
+    ] = None,
+    values: Annotated[Values, Option(help="Type of the values on the wire.")] = Values.fp32,
+    indices: Annotated[Indices, Option(help="Encoding of the indices on the wire.")] = Indices.int32,
+    out: Annotated[
+        Path | None, Option(help="Folder for the figures (JSON) and the plot (PNG).", show_default=False)
+    ] = None,
+) -> None:
+    """Measure the link between the ranks of a job, and say which exchange pays on it, and from which density on.
+
+    Start it as the job is started: torchrun ... -m distopt.cli link
+    """
+    if (latency is None) != (bandwidth is None):
+        raise ConfigError("--latency and --bandwidth must be given together, got one of them; give both or none")
+    given = None if latency is None or bandwidth is None else Link(latency_s=latency, bandwidth=bandwidth)
+    question = links.Question(
+        parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices
+    )
+    if out is not None:
+        report.load_matplotlib()
+    found = links.answer(question)
+    if found is None:
+        return
+    console = _console()
+    console.print(links.table(found))
+    console.print(links.advice(found), highlight=False)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine.machine(), "versions": machine.versions(), **found}
+        report.write_json(content, out / "link.json")
+        links.plot(found, out / "link.png")
+        console.print(f"Plot: {out / 'link.png'}\nFigures: {out / 'link.json'}", highlight=False)
 
 
 def _console() -> Console:

@@ -9,7 +9,7 @@ from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
 from distopt.comm.serial import SerialWorker
 from distopt.comm.shutdown import await_at_exit
-from distopt.comm.stopwatch import median_seconds
+from distopt.comm.stopwatch import least_seconds
 
 __all__ = [
     "Channels",
@@ -26,8 +26,8 @@ __all__ = [
     "broadcast_from_first",
     "find_nodes",
     "gather_json",
+    "least_seconds",
     "measure_link",
-    "median_seconds",
     "open_channels",
     "open_heartbeat",
     "raise_together",

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from distopt.comm.agreement import gather_json
 from distopt.comm.collectives import all_gather, all_reduce_sum
-from distopt.comm.stopwatch import median_seconds
+from distopt.comm.stopwatch import least_seconds
 from distopt.config import Configurable, check_number
 
 _SMALL_NBYTES = 8
@@ -85,9 +85,9 @@ def measure_link(group: dist.ProcessGroup, device: torch.device) -> Link:
         tensor = torch.zeros(nbytes // 4, device=device)
         return lambda: all_reduce_sum(tensor, group).wait()
 
-    small = median_seconds(gather(_SMALL_NBYTES), device)
-    large = median_seconds(gather(_LARGE_NBYTES), device)
-    reduced = median_seconds(reduce(_LARGE_NBYTES), device)
+    small = least_seconds(gather(_SMALL_NBYTES), device)
+    large = least_seconds(gather(_LARGE_NBYTES), device)
+    reduced = least_seconds(reduce(_LARGE_NBYTES), device)
     latency_s = small / (num_ranks - 1)
     # The slowest rank decides; all must come to the same numbers.
     told = gather_json([latency_s, max(large - small, 1e-7), reduced], group, device)

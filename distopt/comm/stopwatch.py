@@ -1,14 +1,13 @@
 """Timing short work, for choices that are made at attach."""
 
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
-    """Seconds that the work takes on this device: the median of `repeats` runs, behind one that warms up."""
+def least_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 7) -> float:
+    """Seconds that the work takes on this device undisturbed: the least of `repeats` runs, behind one that warms up."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -16,4 +15,4 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, repeats:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return min(times[1:])

@@ -54,7 +54,7 @@ def test_importing_distopt_imports_nothing_of_the_command_line():
     assert ran.stdout.strip() == "set()", ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["compare"], ["link"]])
 def test_help_explains_every_option(command):
     ran = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [*command, "--help"])
     assert ran.exit_code == 0, ran.output

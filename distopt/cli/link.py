@@ -1,0 +1,167 @@
+"""`distopt link`: the link between the ranks of a job, measured as the job would use it, and what to do about it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from distopt.cli.report import COLOURS, load_matplotlib
+from distopt.comm import Link, measure_link
+from distopt.ddp.forecast import Forecaster
+from distopt.ddp.prediction import Predictor, measure_speed
+from distopt.errors import ConfigError
+
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What was asked.
+
+    Attributes:
+        parameters: Of the model.
+        density: Of the selection.
+        ranks: Ranks to advise for; None for those that measure.
+        link: Given instead of measured.
+        values: On the wire.
+        indices: On the wire.
+    """
+
+    parameters: int
+    density: float
+    ranks: int | None
+    link: Link | None
+    values: str
+    indices: str
+
+
+def answer(question: Question) -> dict[str, Any] | None:
+    """Measures, on all ranks, and forecasts; None on every rank but the first.
+
+    Raises:
+        ConfigError: There is nothing to measure, or a value breaks its rule.
+    """
+    started = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started and question.link is None:
+        raise ConfigError(
+            "distopt link measures between the ranks of a job, got one process; start it as the job is started "
+            "(torchrun ... -m distopt.cli link), or give --latency and --bandwidth"
+        )
+    with _group(started) as size:
+        device = torch.device("cpu")
+        assert dist.group.WORLD is not None
+        speed = measure_speed(dist.group.WORLD, device)
+        link = question.link or measure_link(dist.group.WORLD, device)
+        rank = dist.get_rank()
+    ranks = question.ranks or max(size, 2)
+    forecaster = Forecaster(
+        numel=question.parameters,
+        predictor=Predictor(link=link, speed=speed),
+        values=question.values,
+        indices=question.indices,
+    )
+    fastest = forecaster.fastest(ranks, question.density)
+    dense = forecaster.forecast("whole", ranks, question.density)
+    if rank != 0:
+        return None
+    return {
+        "question": asdict(question),
+        "link": asdict(link) | {"measured_between": size if question.link is None else None},
+        "ranks": ranks,
+        "speed": asdict(speed),
+        "break_even_density": {
+            route: forecaster.break_even_density(ranks, route) for route in ("allgather", "balanced")
+        },
+        "fastest": asdict(fastest),
+        "dense": asdict(dense),
+        "curves": {
+            route: [asdict(each) for each in found]
+            for route, found in forecaster.curves(sorted({*RANKS, ranks}), question.density).items()
+        },
+    }
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Seconds and bytes per step by route and number of ranks."""
+    question = found["question"]
+    made = Table(
+        title=f"{question['parameters']:,} parameters at density {question['density']:g}, per rank and step",
+        title_justify="left",
+    )
+    made.add_column("ranks", justify="right")
+    for route in found["curves"]:
+        made.add_column("dense" if route == "whole" else route, justify="right")
+    for row in zip(*found["curves"].values(), strict=True):
+        made.add_row(
+            str(row[0]["num_ranks"]),
+            *(f"{1e3 * each['seconds']:,.1f} ms, {each['link_bytes'] / 1e6:,.2f} MB" for each in row),
+        )
+    return made
+
+
+def advice(found: dict[str, Any]) -> str:
+    """The measured link and what to set, in a few lines."""
+    link, fastest, dense, ranks = found["link"], found["fastest"], found["dense"], found["ranks"]
+    between = link["measured_between"]
+    lines = [
+        f"Link ({'given' if between is None else f'measured between {between} ranks'}): latency "
+        f"{1e6 * link['latency_s']:,.0f} us, {8 * link['bandwidth'] / 1e6:,.0f} Mbit/s"
+        + (f", adding up {link['reduction'] / 1e9:,.1f} GB/s" if link["reduction"] else "")
+    ]
+    for route, density in found["break_even_density"].items():
+        said = "never faster than dense" if density is None else f"faster than dense below density {density:.2g}"
+        lines.append(f"{route}, {ranks} ranks: {said}")
+    if fastest["route"] == "whole":
+        lines.append(
+            f"Advice for {ranks} ranks: leave compression off. Dense takes {1e3 * dense['seconds']:,.1f} ms per step "
+            'on this link, and nothing is faster; exchange="auto" sends whole gradients here.'
+        )
+    else:
+        lines.append(
+            f'Advice for {ranks} ranks: exchange="{fastest["route"]}", {1e3 * fastest["seconds"]:,.1f} ms per step '
+            f"against {1e3 * dense['seconds']:,.1f} ms dense ({dense['seconds'] / fastest['seconds']:,.1f}x); "
+            'exchange="auto" finds it by itself.'
+        )
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Bytes and seconds over the number of ranks, as a PNG."""
+    figure_class = load_matplotlib()
+    figure = figure_class(figsize=(10, 4), layout="constrained")
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("link_bytes", "seconds"), ("bytes per rank and step", "seconds per step"), strict=True
+    ):
+        for (route, curve), colour in zip(found["curves"].items(), COLOURS, strict=False):
+            name = "dense" if route == "whole" else route
+            axes.plot(
+                [each["num_ranks"] for each in curve], [each[key] for each in curve], "o-", color=colour, label=name
+            )
+        axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel=label)
+        axes.set_xticks(RANKS, [str(n) for n in RANKS])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    question = found["question"]
+    figure.suptitle(f"{question['parameters']:,} parameters, density {question['density']:g}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def _group(started: bool) -> Iterator[int]:
+    """A gloo group of the ranks that were started, or of this process alone."""
+    if started:
+        dist.init_process_group("gloo")
+    else:
+        store = torch._C._distributed_c10d.HashStore()  # torch.distributed has it too, but does not export it
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield dist.get_world_size()
+    finally:
+        dist.destroy_process_group()

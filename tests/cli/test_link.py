@@ -1,0 +1,75 @@
+"""`distopt link`: measured between real ranks, or on a link that is given."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from distopt.cli import link as links
+from distopt.cli.app import app
+
+PLAIN = {"COLUMNS": "200", "TERM": "dumb", "RANK": None, "WORLD_SIZE": None}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As every rank has it: on a busy machine two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def given(*arguments):
+    ran = CliRunner(env=PLAIN).invoke(app, ["link", *map(str, arguments)])
+    assert ran.exit_code == 0, ran.output
+    return ran.output
+
+
+def test_a_link_that_is_given(tmp_path):
+    said = given("--latency", 1e-4, "--bandwidth", 1e3, "--ranks", 2, "--out", tmp_path)  # a day per dense step
+    assert "Link (given): latency 100 us, 0 Mbit/s" in said
+    assert 'exchange="allgather"' in said
+    found = json.loads((tmp_path / "link.json").read_text())
+    assert found["dense"]["seconds"] > 100 * found["fastest"]["seconds"]
+    assert found["dense"]["link_bytes"] == 4 * 25_557_032 + 12
+    assert found["link"]["measured_between"] is None
+    assert (tmp_path / "link.png").stat().st_size > 10_000
+    found["fastest"] = found["dense"]
+    found["break_even_density"]["allgather"] = None
+    said = links.advice(found)
+    assert "leave compression off" in said
+    assert "allgather, 2 ranks: never faster than dense" in said
+
+
+def test_measured_between_two_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "distopt.cli", "link", "--parameters", "1000000", "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Link (measured between 2 ranks)") == 1  # one rank speaks
+    found = json.loads((tmp_path / "link.json").read_text())
+    assert found["link"]["latency_s"] > 0
+    assert found["link"]["bandwidth"] > 0
+    assert found["ranks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "measures between the ranks of a job, got one process; start it as the job is started"),
+        (["--latency", "0.001"], "--latency and --bandwidth must be given together"),
+        (["--latency", "0", "--bandwidth", "1e8"], "latency_s must be positive seconds, got 0"),
+        (["--latency", "1", "--bandwidth", "1e8", "--density", "2"], "density must be a number in (0, 1], got 2"),
+    ],
+)
+def test_a_bad_question_is_one_line(arguments, message):
+    code = "from distopt.cli import main; main()"
+    command = [sys.executable, "-c", code, "link", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 1
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
