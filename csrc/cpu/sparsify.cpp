@@ -12,15 +12,9 @@ void gather(const T* v, const int32_t* indices, int64_t k, T* values) {
   for (int64_t i = 0; i < k; ++i) values[i] = v[indices[i]];
 }
 
-constexpr int64_t kAhead = 32;  // entries
-
 template <class S>
 void take_out(S* v, S* u, const int32_t* indices, int64_t k, float* values) {
   for (int64_t i = 0; i < k; ++i) {
-    // Each is a miss of the cache: ask for the lines well before they are needed.
-    const int32_t soon = indices[i + kAhead < k ? i + kAhead : k - 1];
-    __builtin_prefetch(v + soon, 1);
-    if (u) __builtin_prefetch(u + soon, 1);
     const int32_t at = indices[i];
     values[i] = load(v + at);
     v[at] = S{};
