@@ -5,18 +5,20 @@
 #   PYTHON       the Python (3.11 or newer) to make the virtual environment with
 #   TORCH_INDEX  address of a package index of CPU builds of torch; without it pip's own settings decide
 #   TORCH        what to install where no torch >= 2.10 is there yet
+#   NATIVE       which builds of the kernels' C++ tests to run
 
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+NATIVE ?= plain
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-slow lint format types bench build clean setup setup-dev
+.PHONY: help demo test test-slow test-native fuzz lint format types bench build clean setup setup-dev
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -31,16 +33,22 @@ test: setup  ## the tests that every change must pass (a few minutes)
 test-slow: setup  ## the full-length tests
 	$(BIN)/python -m pytest -m slow
 
+test-native:  ## the kernels' C++ tests, without torch: NATIVE="plain asan tsan aarch64" (the last needs a cross compiler)
+	$(MAKE) -C tests/native $(NATIVE)
+
+fuzz:  ## arbitrary bytes as tensors, sizes and tables for the kernels: RUNS=10000; needs clang-14 and its libFuzzer
+	$(MAKE) -C tests/native fuzz
+
 lint: setup-dev  ## ruff, clang-format and bash's own check: nothing may be left to format or to mend
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
 	git ls-files '*.sh' '*.sbatch' .ci/run | xargs -rn1 bash -n
 
 format: setup-dev  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 types: setup-dev  ## mypy, strict, on the package
 	$(BIN)/mypy

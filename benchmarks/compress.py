@@ -9,6 +9,10 @@ by the floor of its own round: `u.mul_(m).add_(g); v.add_(u)`, which any momentu
 - topk: the floor, then torch.topk(v.abs(), k) and masking of u and v, exact;
 - sampling: the floor, then the scheme of the authors of DGC (Lin et al., ICLR 2018): a threshold from
   strided samples, refined until 0.8 k to 1.3 k pass, masking by the mask; not exact.
+
+Then, taking turns in the same way: the kernel with one and with two threads; 1,000 tensors of 1,000 entries in one call
+beside one tensor of as many; the k largest of each of 8 owners in one call beside as many largest of all. Last, the
+kernel's selection is compared to `distopt.ops.reference` at the largest size, and what the kernels counted is kept.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,6 +34,7 @@ from torch import Tensor
 
 from distopt import ops
 from distopt.cli.machine import machine, versions
+from distopt.ops import reference
 
 SIZES = (262_144, 2_359_296, 25_557_032)  # 512x512, a 3x3 convolution of 512 channels, all of ResNet-50
 DENSITIES = (0.001, 0.01, 0.25)  # 25% is the first stage of the warm-up
@@ -86,27 +92,125 @@ def take_out(u: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 CONTENDERS: dict[str, Callable[..., object]] = {"kernel": kernel, "floor": floor, "topk": topk, "sampling": sampling}
 
 
+def take_turns(contenders: dict[str, Callable[[int], object]], base: str, repeats: int) -> dict[str, object]:
+    """Milliseconds per contender and round, and each round's ratio to the base; contenders get the round's number."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(repeats + 2):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender(i)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    times = {name: each[2:] for name, each in times.items()}  # the first two rounds touch fresh memory
+    ratios = {name: [t / f for t, f in zip(each, times[base], strict=True)] for name, each in times.items()}
+    return {
+        "ms": {name: summary(each) for name, each in times.items()},
+        f"ratio_to_{base}": {name: summary(each) for name, each in ratios.items()},
+    }
+
+
 def measure(numel: int, density: float, repeats: int) -> dict[str, object]:
-    """Milliseconds per contender and round, each on states of its own."""
+    """All contenders, each on states of its own."""
     k = max(1, math.ceil(numel * density))
     generator = torch.Generator().manual_seed(0)
     states = {name: [torch.zeros(numel), torch.zeros(numel)] for name in CONTENDERS}
     gradients = [torch.randn(numel, generator=generator) for _ in range(2)]
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for i in range(repeats + 2):
-        for name, contender in CONTENDERS.items():
-            start = time.perf_counter()
-            contender(gradients[i % 2], *states[name], k)
-            times[name].append((time.perf_counter() - start) * 1e3)
-    times = {name: each[2:] for name, each in times.items()}  # the first two rounds touch fresh memory
-    ratios = {name: [t / f for t, f in zip(each, times["floor"], strict=True)] for name, each in times.items()}
-    return {
-        "numel": numel,
-        "density": density,
-        "k": k,
-        "ms": {name: summary(each) for name, each in times.items()},
-        "ratio_to_floor": {name: summary(each) for name, each in ratios.items()},
+
+    def turn(name: str) -> Callable[[int], object]:
+        return lambda i: CONTENDERS[name](gradients[i % 2], *states[name], k)
+
+    turns = take_turns({name: turn(name) for name in CONTENDERS}, "floor", repeats)
+    return {"numel": numel, "density": density, "k": k} | turns
+
+
+def measure_threads(numel: int, density: float, repeats: int) -> dict[str, object]:
+    """The kernel with one and with two threads, each on states of its own."""
+    k = max(1, math.ceil(numel * density))
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    states = [[torch.zeros(numel), torch.zeros(numel)] for _ in range(2)]
+
+    def turn(num_threads: int) -> Callable[[int], object]:
+        def run(_: int) -> None:
+            torch.set_num_threads(num_threads)
+            kernel(gradient, *states[num_threads - 1], k)
+
+        return run
+
+    turns = take_turns({"one_thread": turn(1), "two_threads": turn(2)}, "one_thread", repeats)
+    torch.set_num_threads(1)
+    return {"numel": numel, "density": density, "k": k} | turns
+
+
+def measure_small(num_tensors: int, numel: int, density: float, repeats: int) -> dict[str, object]:
+    """Many small tensors in one call, in a call each, and one tensor of as many entries."""
+    k = math.ceil(numel * density)
+    total = num_tensors * numel
+    gradient = torch.randn(total, generator=torch.Generator().manual_seed(0))
+    states = [[torch.zeros(total), torch.zeros(total)] for _ in range(3)]
+    segments = torch.tensor([(i * numel, numel, k) for i in range(num_tensors)])
+    parts = list(zip(*(t.split(numel) for t in (gradient, *states[1])), strict=True))
+
+    def in_one_call(_: int) -> None:
+        ops.dgc_sparsify_segments_(gradient, *states[0], segments, num_tensors * k, momentum=MOMENTUM)
+
+    def in_a_call_each(_: int) -> None:
+        for part in parts:
+            kernel(*part, k)
+
+    def one_tensor(_: int) -> None:
+        kernel(gradient, *states[2], num_tensors * k)
+
+    contenders = {"one_call": in_one_call, "a_call_each": in_a_call_each, "one_tensor": one_tensor}
+    turns = take_turns(contenders, "one_tensor", repeats)
+    return {"num_tensors": num_tensors, "numel_each": numel, "k_each": k} | turns
+
+
+def measure_owners(numel: int, density: float, num_owners: int, repeats: int) -> dict[str, object]:
+    """The largest of each owner in one call, as many largest of all, and what torch needs for the former."""
+    k = math.ceil(numel * density / num_owners)
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+
+    def by_torch(_: int) -> None:
+        for owner in range(num_owners):
+            torch.topk(x[owner::num_owners].abs(), k, sorted=False)
+
+    contenders = {
+        "interleaved": lambda _: ops.topk_abs_interleaved(x, k, num_owners),
+        "topk_abs": lambda _: ops.topk_abs(x, k * num_owners),
+        "torch": by_torch,
     }
+    turns = take_turns(contenders, "topk_abs", repeats)
+    return {"numel": numel, "num_owners": num_owners, "k_each": k} | turns
+
+
+EXACT = {  # at the largest size, where a reference by sorting takes seconds
+    "normal": torch.distributions.Normal(0.0, 1.0),
+    "laplace": torch.distributions.Laplace(0.0, 1.0),
+    "student-t(3)": torch.distributions.StudentT(3.0),
+}
+
+
+def check_exact(numel: int, densities: tuple[float, ...]) -> list[dict[str, object]]:
+    """Whether the kernel, alone and with two threads, takes out what the reference says."""
+    found = []
+    for seed, (name, distribution) in enumerate(EXACT.items()):
+        torch.manual_seed(seed)
+        x = distribution.sample((numel,))
+        torch.set_num_threads(2)
+        for density in densities:
+            k = math.ceil(numel * density)
+            values, indices = reference.topk_abs(x, k)
+            for num_threads in (1, 2):
+                torch.set_num_threads(num_threads)
+                u, v = torch.zeros(numel), torch.zeros(numel)
+                got_values, got_indices = kernel(x, u, v, k)
+                equal = torch.equal(got_values, values) and torch.equal(got_indices, indices)
+                v[indices.long()] = values
+                equal = equal and torch.equal(v, x)
+                found.append(
+                    {"input": name, "seed": seed, "numel": numel, "k": k, "threads": num_threads, "equal": equal}
+                )
+    torch.set_num_threads(1)
+    return found
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -120,12 +224,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def show(result: dict) -> None:
-    for name in CONTENDERS:
-        ms, ratio = result["ms"][name], result["ratio_to_floor"][name]
+def show(result: dict, base: str = "floor", label: str = "") -> None:
+    label = label or f"{result['numel']:>12,} {result['density']:>8}"
+    for name, ms in result["ms"].items():
+        ratio = result[f"ratio_to_{base}"][name]
         print(
-            f"{result['numel']:>12,} {result['density']:>8} {name:>9} {ms['median']:>10.3f} "
-            f"[{ms['quartile_1']:.3f}, {ms['quartile_3']:.3f}]".ljust(66)
+            f"{label:>21} {name:>11} {ms['median']:>10.3f} [{ms['quartile_1']:.3f}, {ms['quartile_3']:.3f}]".ljust(68)
             + f"{ratio['median']:>8.2f} [{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}]",
             flush=True,
         )
@@ -152,15 +256,35 @@ def main() -> None:
         "results": [],
     }
     print(f"{report['machine']['cpu']}, {ops.backend()}, one thread; medians [quartiles]")
-    print(f"{'elements':>12} {'density':>8} {'':>9} {'ms':>10}".ljust(66) + f"{'x floor':>8}")
+    print(f"{'elements':>12} {'density':>8} {'':>11} {'ms':>10}".ljust(68) + f"{'x floor':>8}")
     for numel in SIZES:
         for density in DENSITIES:
             repeats = args.repeats if numel == SIZES[-1] else 10 * args.repeats
             report["results"].append(measure(numel, density, repeats))
             show(report["results"][-1])
+    print("one and two threads: ratio to one")
+    report["two_threads"] = []
+    for numel in SIZES:
+        for density in DENSITIES:
+            repeats = args.repeats if numel == SIZES[-1] else 10 * args.repeats
+            report["two_threads"].append(measure_threads(numel, density, repeats))
+            show(report["two_threads"][-1], "one_thread")
+    print("small tensors: ratio to one tensor of as many entries")
+    report["small_tensors"] = measure_small(1_000, 1_000, 0.001, 10 * args.repeats)
+    show(report["small_tensors"], "one_tensor", "1,000 x 1,000")
+    print("largest of each of 8 owners: ratio to as many largest of all")
+    report["owners"] = measure_owners(SIZES[-1], 0.001, 8, args.repeats)
+    show(report["owners"], "topk_abs", f"{SIZES[-1]:,} by 8")
+    report["selection_counts"] = asdict(ops.selection_counts())
+    print(f"counted: {ops.selection_counts()}")
+    report["exact"] = check_exact(SIZES[-1], DENSITIES[:2])
+    equal = sum(each["equal"] for each in report["exact"])
+    print(f"equal to the reference at {SIZES[-1]:,}: {equal} of {len(report['exact'])}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if equal != len(report["exact"]):
+        sys.exit("the kernel did not select what the reference does")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
 namespace distopt::cpu {
 
 enum class Counter : int {
-  kSelections,         // tensors, segments or owners' slices that were selected from, k > 0
+  kSelections,         // tensors or segments that were selected from, k > 0; the owners of a tensor count once
   kSecondCollections,  // passes over all of v made again because a sample misled
-  kFullBuffers,        // buffers of candidates that filled up and were cut: ties, or a sample that misled
+  kFullBuffers,        // buffers of candidates that filled up: ties, or a sample that misled
   kWorkspaceGrowths,   // allocations of a thread's workspace
 };
 inline constexpr int kNumCounters = 4;

@@ -21,7 +21,7 @@ class Owners {
   Owners(int64_t n, int64_t k, int64_t num_owners, Workspace& workspace)
       : k_(k),
         num_(num_owners),
-        capacity_(std::min(n / num_owners + 1, 4 * k + 64)),
+        capacity_(std::min(n / num_owners + 1, 8 * k + 256)),
         chunk_(std::max(kLeastChunk, num_owners)) {
     index_ = workspace.index.reserve(num_ * capacity_ + chunk_ + kBlock);
     key_ = workspace.key.reserve(num_ * capacity_ + chunk_ + kBlock);
@@ -118,7 +118,7 @@ void topk_interleaved(const void* x, DType dtype, int64_t n, int64_t k, int64_t 
                       int32_t* indices) {
   if (k == 0) return;
   const Job job{Update::kNone, dtype, dtype, nullptr, nullptr, const_cast<void*>(x), 0.0f};  // kNone only reads v
-  count(Counter::kSelections, num_owners);
+  count(Counter::kSelections);
   Workspace& workspace = Workspace::of_this_thread();
   const int64_t enough = wanted(n, k, num_owners);
   int32_t bound = kAcceptAll;

@@ -16,7 +16,6 @@ inline Candidates merge(const Candidates* parts, int64_t num_parts) {
     std::copy_n(parts[i].index, parts[i].count, all.index + all.count);
     std::copy_n(parts[i].key, parts[i].count, all.key + all.count);
     all.count += parts[i].count;
-    all.num_over_ceiling += parts[i].num_over_ceiling;
   }
   return all;
 }

@@ -61,8 +61,12 @@ void cut(Candidates& c) {
 void make_room(Candidates& c) {
   count(Counter::kFullBuffers);
   if (c.ceiling == kNoCeiling) return cut(c);
+  if (c.bound + 1 == c.ceiling) {
+    c.num_dropped += c.count;
+  } else {
+    c.bound = kAcceptNone;
+  }
   c.count = 0;
-  c.bound = kAcceptNone;
 }
 
 }  // namespace distopt::cpu

@@ -6,7 +6,8 @@
 // constant or ascending ones, because a cut happens at most once per (capacity - k) entries.
 //
 // With a ceiling, keys above it are counted, not kept: when k is a large part of all, only the few keys between bound
-// and ceiling need to be looked at to find the k-th.
+// and ceiling need to be looked at to find the k-th. Where only one key fits in between, all of them are ties: their
+// number says enough, and a full buffer is emptied.
 //
 // The keys are the bits of |x| (dtypes.h). Source of the digit-wise search: the radix select of RAFT's select_k.
 #pragma once
@@ -28,6 +29,7 @@ struct Candidates {
   int32_t ceiling = kNoCeiling;
   int64_t count = 0;
   int64_t num_over_ceiling = 0;
+  int64_t num_dropped = 0;
 };
 
 // Passes append at most this many entries between two looks at the capacity.
@@ -37,7 +39,7 @@ inline constexpr int64_t kBlock = 64;
 // belong to the result. Needs count >= k >= 1.
 void cut(Candidates& c);
 
-// What a pass does when the buffer is full: cuts, or, where a ceiling says that the bracket was too wide, gives up.
+// What a pass does when the buffer is full: cuts, or, with a ceiling, drops ties, or gives up a bracket too wide.
 void make_room(Candidates& c);
 
 // Which of n keys are the k largest: those above `key`, and those equal to it up to position `last_tie` (-1: none).

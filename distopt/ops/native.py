@@ -40,9 +40,9 @@ class SelectionCounts:
     on continuous data `second_collections` is far below one in a hundred `selections`.
     """
 
-    selections: int  # tensors, segments and owners' slices that were selected from (k > 0)
+    selections: int  # tensors and segments that were selected from (k > 0); all owners of a tensor count once
     second_collections: int  # the tensor was read once more because a sample had misled
-    full_buffers: int  # a buffer of candidates was cut before the end: ties, or a sample that had misled
+    full_buffers: int  # a buffer of candidates filled up before the end: ties, or a sample that had misled
     workspace_growths: int  # allocations of a thread's workspace; results are torch's own allocations
 
 

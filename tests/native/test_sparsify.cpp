@@ -1,7 +1,9 @@
 // One tensor: every kind of input, at sizes around the widths of vectors, blocks, parts, and the limits between the
 // ways to select.
 #include <cmath>
+#include <utility>
 
+#include "cpu/counters.h"
 #include "cpu/kernels.h"
 #include "cpu/selection.h"
 #include "inputs.h"
@@ -72,6 +74,33 @@ TEST(each_way_for_any_size) {
           CHECK(found == expected.indices, "n " + std::to_string(n) + ", k " + std::to_string(k));
         }
       }
+    }
+  }
+}
+
+// Other values exactly where sample.cpp looks: the k-th key is not where the sample says, and another reading finds it.
+TEST(a_sample_that_misleads) {
+  Random random(12);
+  const int64_t n = 140000;
+  for (const auto& [samples, k] : {std::pair<int64_t, int64_t>{1093, 2500}, {4096, 20000}}) {
+    for (const float factor : {1e3f, 1e-3f}) {
+      Call made = call(Kind::kNormal, n, k, random);
+      made.update = Update::kNone;
+      made.state_dtype = DType::kFloat32;
+      made.v = tensor(Kind::kNormal, DType::kFloat32, n, random);
+      const int64_t stretch = n / samples;
+      for (int64_t i = 0; i < samples; ++i) {
+        const uint64_t hash = static_cast<uint32_t>(i) * 2654435761u;
+        const int64_t at = i * stretch + static_cast<int64_t>((hash * static_cast<uint64_t>(stretch)) >> 32);
+        float x;
+        std::memcpy(&x, &made.v[4 * at], 4);
+        x *= factor;
+        std::memcpy(&made.v[4 * at], &x, 4);
+      }
+      const int64_t before = total(Counter::kSecondCollections);
+      check_everywhere(made);
+      const bool again = total(Counter::kSecondCollections) > before;
+      CHECK(again == (factor > 1 || k == 20000), std::to_string(k));
     }
   }
 }
