@@ -56,9 +56,7 @@ __device__ inline Found find_digit(const int32_t* histogram, int pass, Found bef
     shared.found = {before.prefix << digit_bits(pass) | digit, rank};
   }
   __syncthreads();
-  const Found found = shared.found;
-  __syncthreads();
-  return found;
+  return shared.found;  // not written again before the barrier of the next call's sums
 }
 
 struct RadixShared {

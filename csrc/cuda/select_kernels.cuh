@@ -100,9 +100,8 @@ __global__ void __launch_bounds__(kTileThreads) histogram_kernel(const S* v, Wor
     __syncthreads();
     int32_t* global = w.histograms + static_cast<int64_t>(slot) * kBinsOfAllPasses + first_bin(pass);
     for (int i = threadIdx.x; i < num_bins(pass); i += blockDim.x) {
-      if (shared.histogram[i]) atomicAdd(&global[i], shared.histogram[i]);
+      if (shared.histogram[i]) atomicAdd(&global[i], shared.histogram[i]);  // who empties a bin next is this thread
     }
-    __syncthreads();
   });
 }
 
