@@ -86,8 +86,8 @@ struct Array {
   }
 };
 
-const char* const kKinds[] = {"normal",  "laplace",   "ties",       "equal",  "zeros", "denormal",
-                              "special", "ascending", "descending", "spikes", "wide",  "clustered"};
+const char* const kKinds[] = {"normal",    "laplace",    "ties",   "equal", "zeros",     "denormal", "special",
+                              "ascending", "descending", "spikes", "wide",  "clustered", "one in 32"};
 constexpr int kNumKinds = sizeof kKinds / sizeof *kKinds;
 
 void fill(Array& a, int kind) {
@@ -130,6 +130,9 @@ void fill(Array& a, int kind) {
         break;
       case 11:
         x *= i / 700 % 5 == 0 ? 1000.0f : 1.0f;
+        break;
+      case 12:
+        x *= i % 32 == 0 ? 1000.0f : 1.0f;
         break;
     }
     a.set(i, x);
@@ -365,10 +368,12 @@ void check_bad_tables() {
   check_bad_table({0, n, 5, n, n + 1, 5}, 2 * n, 2 * n + 1, 10);  // beyond grad
   check_bad_table({0, n, n + 1}, n, n, n + 1);                    // k
   check_bad_table({0, n, -1, n, n, 2}, 2 * n, 2 * n, 1);
-  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n - 1, 10);  // states too short
-  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n + 1, 10);  // and too long
-  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n, 9);       // results too short
-  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n, 11);      // and too long
+  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n - 1, 10);                  // states too short
+  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n + 1, 10);                  // and too long
+  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n, 9);                       // results too short
+  check_bad_table({0, n, 5, n, n, 5}, 2 * n, 2 * n, 11);                      // and too long
+  check_bad_table({0, n, 5, n, 100, 5, n + 100, 1, 0}, n + 101, n + 50, 10);  // a small one before the last leaves v
+  check_bad_table({0, 100, 5, 100, 100, 5, 200, 1, 0}, 201, 201, 7);          // or the result
   check_bad_table({-1, n, 5}, n, n, 5);
   check_bad_table({0, huge, 5, huge, huge, huge}, n, n, 5);
   check_bad_table({huge, huge, huge, -huge, -huge, -huge, 0, n, 5}, n, n, 5);
@@ -475,11 +480,12 @@ void check_conversions() {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 100;
   generator.seed(argc > 2 ? atoll(argv[2]) : 1);
-  const int64_t most_elements = 12 * kTile;
+  const int64_t most_elements = most(12 * kTile, 8 * kSmall);
   check_conversions();
   check_bad_tables();
   check_misleading_sample(100);
   check_misleading_sample(1e-3f);
+  check_interleaved(40 * kTile, 5, 32, DType::kFloat32, 12);  // one owner has more than its list takes, the others less
   for (int i = 0; i < rounds; ++i) {
     check_random_sparsify(most_elements);
     check_random_interleaved(most_elements);
