@@ -37,7 +37,7 @@ test-cuda-logic:  ## the CUDA kernels played on the CPU: results, accesses outsi
 	bash tests/native/cuda_logic.sh "" 40
 
 gpu:  ## on a machine with a CUDA torch and nvcc: build, run the gpu tests, also under compute-sanitizer, and measure
-	bash .ci/gpu
+	PYTHON=$(if $(filter command environment,$(origin PYTHON)),$(PYTHON)) bash .ci/gpu
 
 lint: setup-dev  ## ruff, clang-format and bash's own check: nothing may be left to format or to mend
 	$(BIN)/ruff check

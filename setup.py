@@ -54,15 +54,24 @@ def extension():
     )
 
 
+def cuda_toolkit():
+    """The folder of nvcc and its headers, or None. An nvcc on the path may be a script that lives elsewhere."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    for folder in (CUDA_HOME, "/usr/local/cuda"):
+        if folder and all((Path(folder) / part).exists() for part in ("bin/nvcc", "include/cuda_runtime_api.h")):
+            return Path(folder)
+    return None
+
+
 def cuda_extension(native):
     """The kernels for CUDA tensors beside those for the CPU, or None where they cannot be built."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    missing = None
+    missing, toolkit = None, cuda_toolkit()
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} was built without CUDA"
-    elif CUDA_HOME is None:
+    elif toolkit is None:
         missing = f"torch has CUDA {torch.version.cuda}, but no toolkit was found: set CUDA_HOME to one of that version"
     if missing is not None:
         if asked("DISTOPT_REQUIRE_CUDA"):
@@ -70,7 +79,6 @@ def cuda_extension(native):
         if torch.version.cuda is not None:
             print(f"torch-distopt: the CUDA kernels are left out: {missing}", file=sys.stderr)
         return None
-    toolkit = Path(CUDA_HOME)
     return Extension(
         "distopt.ops._native_cuda",
         ["csrc/torch_cuda_binding.cpp"],
@@ -88,12 +96,10 @@ def cuda_extension(native):
 
 def compile_cuda(target, jobs):
     """Compiles the .cu files to objects in a directory; their paths."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
     archs = os.environ.get("DISTOPT_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    nvcc = [str(Path(CUDA_HOME) / "bin" / "nvcc"), "--options-file", NVCC_OPTIONS, *targets, "-I", "csrc", "-c"]
+    nvcc = [str(cuda_toolkit() / "bin" / "nvcc"), "--options-file", NVCC_OPTIONS, *targets, "-I", "csrc", "-c"]
 
     def compile_one(source):
         compiled = target / (Path(source).name + ".o")
