@@ -18,11 +18,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-slow test-native fuzz lint format types bench build clean setup setup-dev
+.PHONY: help demo test test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/' | expand -t 18
 
 demo: setup  ## train a model three ways (dense, top-k, DGC) on 2 ranks; a table, a plot and a JSON file in runs/compare
 	$(BIN)/distopt compare
@@ -39,11 +39,19 @@ test-native:  ## the kernels' C++ tests, without torch: NATIVE="plain asan tsan 
 fuzz:  ## arbitrary bytes as tensors, sizes and tables for the kernels: RUNS=10000; needs clang-14 and its libFuzzer
 	$(MAKE) -C tests/native fuzz
 
+test-cuda-logic:  ## the CUDA kernels played on the CPU: results, accesses outside buffers, missing barriers
+	bash tests/native/cuda_logic.sh address,undefined 40
+	bash tests/native/cuda_logic.sh thread 40
+	bash tests/native/cuda_logic.sh "" 40
+
+gpu:  ## on a machine with a CUDA torch and nvcc: build, run the gpu tests, also under compute-sanitizer, and measure
+	PYTHON=$(if $(filter command environment,$(origin PYTHON)),$(PYTHON)) bash .ci/gpu
+
 lint: setup-dev  ## ruff, clang-format and bash's own check: nothing may be left to format or to mend
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
-	git ls-files '*.sh' '*.sbatch' .ci/run | xargs -rn1 bash -n
+	git ls-files '*.sh' '*.sbatch' .ci/run .ci/gpu | xargs -rn1 bash -n
 
 format: setup-dev  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix

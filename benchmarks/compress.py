@@ -237,6 +237,9 @@ def show(result: dict, base: str = "floor", label: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: see benchmarks/compress_cuda.py"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at the largest size, ten times as many below")
     parser.add_argument("--note", default="", help="kept in the JSON, for what the numbers cannot say")
@@ -255,6 +258,11 @@ def main() -> None:
         "note": args.note,
         "results": [],
     }
+    if args.device == "cuda":
+        import compress_cuda
+
+        compress_cuda.run(args, report, CONTENDERS)
+        return
     print(f"{report['machine']['cpu']}, {ops.backend()}, one thread; medians [quartiles]")
     print(f"{'elements':>12} {'density':>8} {'':>11} {'ms':>10}".ljust(68) + f"{'x floor':>8}")
     for numel in SIZES:

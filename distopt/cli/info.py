@@ -17,6 +17,8 @@ def collect() -> dict[str, Any]:
     return {
         **versions(),
         "native_kernels": ops.backend() != "reference",
+        "cuda_kernels": ops.build_info().cuda_library is not None,
+        "cuda_kernels_problem": ops.build_info().cuda_problem,
         "cuda_build": torch.version.cuda,
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "distributed": {
@@ -34,12 +36,14 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as (name, value) lines for a person."""
     native = f"built, CPU path {found['kernels']}"
     reference = "not built: the pure-torch reference does the work (correct, slower)"
+    cuda_kernels = "built" if found["cuda_kernels"] else f"none: {found['cuda_kernels_problem'] or 'not asked for'}"
     return [
         ("distopt", found["distopt"]),
         ("Python", found["python"]),
         ("torch", found["torch"]),
         ("native kernels", native if found["native_kernels"] else reference),
         ("CUDA", f"torch built for {found['cuda_build']}" if found["cuda_build"] else "torch built without"),
+        ("CUDA kernels", cuda_kernels),
         ("CUDA devices", ", ".join(found["cuda_devices"]) or "none"),
         ("backends", ", ".join(name for name, there in found["distributed"].items() if there) or "none"),
         ("MPI", f"mpi4py {found['mpi4py'] or 'not installed'}, mpirun {found['mpirun'] or 'not found'}"),

@@ -6,6 +6,7 @@ All operations take 1-D contiguous tensors. Selection is exact: the k entries of
 on ties the lowest index wins, NaN ranks above everything. Source: Lin et al., *Deep Gradient Compression*, ICLR 2018.
 """
 
+from distopt.ops.device_errors import raise_device_errors
 from distopt.ops.dispatch import (
     all_finite,
     dgc_sparsify_,
@@ -28,6 +29,7 @@ __all__ = [
     "dgc_sparsify_segments_",
     "ef_sparsify_",
     "ef_sparsify_segments_",
+    "raise_device_errors",
     "scatter_add_",
     "selection_counts",
     "topk_abs",

@@ -43,7 +43,7 @@ def topk_abs(x: Tensor, k: int) -> Selection:
     checks.flat("x", x, checks.FLOATS)
     checks.count(k, x.numel())
     if not is_compiling() and not native.silent:
-        native.announce()
+        native.announce(x.device)
     if x.dtype is torch.float64:
         return reference.topk_abs(x, k)
     return _topk_abs(x, k)
@@ -73,7 +73,7 @@ def ef_sparsify_(grad: Tensor, residual: Tensor, k: int) -> Selection:
     if not is_compiling():
         checks.apart("residual", residual, "grad", grad)
         if not native.silent:
-            native.announce()
+            native.announce(grad.device)
     if grad.dtype is torch.float64 or residual.dtype is torch.float64:
         return reference.ef_sparsify_(grad, residual, k)
     return _ef_sparsify_(grad, residual, k)
@@ -116,7 +116,7 @@ def dgc_sparsify_(
         checks.apart("v", v, "grad", grad)
         checks.apart("v", v, "u", u)
         if not native.silent:
-            native.announce()
+            native.announce(grad.device)
     if grad.dtype is torch.float64 or u.dtype is torch.float64:
         return reference.dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
     return _dgc_sparsify_(grad, u, v, k, momentum=momentum, nesterov=nesterov, masking=masking)
@@ -138,7 +138,8 @@ def ef_sparsify_segments_(grad: Tensor, residual: Tensor, segments: Tensor, coun
         (count,), ascending.
 
     Raises:
-        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here: that would wait for it.)
+        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here, that would wait for it: see
+            `raise_device_errors`. What a call with such a table returns is undefined.)
     """
     checks.flat("grad", grad, checks.FLOATS)
     checks.flat("residual", residual, checks.STATES)
@@ -147,7 +148,7 @@ def ef_sparsify_segments_(grad: Tensor, residual: Tensor, segments: Tensor, coun
     if not is_compiling():
         checks.apart("residual", residual, "grad", grad)
         if not native.silent:
-            native.announce()
+            native.announce(grad.device)
     if grad.dtype is torch.float64 or residual.dtype is torch.float64:
         return reference.ef_sparsify_segments_(grad, residual, segments, count)
     try:
@@ -187,7 +188,8 @@ def dgc_sparsify_segments_(
         (count,), ascending.
 
     Raises:
-        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here: that would wait for it.)
+        ConfigError: an argument breaks a rule above. (A table on a GPU is not read here, that would wait for it: see
+            `raise_device_errors`. What a call with such a table returns is undefined.)
     """
     checks.flat("grad", grad, checks.FLOATS)
     checks.flat("u", u, checks.STATES)
@@ -201,7 +203,7 @@ def dgc_sparsify_segments_(
         checks.apart("v", v, "grad", grad)
         checks.apart("v", v, "u", u)
         if not native.silent:
-            native.announce()
+            native.announce(grad.device)
     if grad.dtype is torch.float64 or u.dtype is torch.float64:
         return reference.dgc_sparsify_segments_(
             grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
@@ -235,7 +237,7 @@ def topk_abs_interleaved(x: Tensor, k: int, num_owners: int) -> Selection:
         raise ConfigError(f"num_owners must be an int of at least 1, got {num_owners!r}; use the number of ranks")
     checks.count(k, x.numel() // num_owners)
     if not is_compiling() and not native.silent:
-        native.announce()
+        native.announce(x.device)
     if x.dtype is torch.float64:
         return reference.topk_abs_interleaved(x, k, num_owners)
     return _topk_abs_interleaved(x, k, num_owners)
@@ -246,12 +248,13 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
 
     Args:
         out: float32 or float64, shape (numel,), contiguous; updated.
-        indices: int32, shape (count,), contiguous, each in [0, numel); may repeat.
+        indices: int32, shape (count,), contiguous, each in [0, numel); may repeat, but not on a CUDA device.
         values: float32, bfloat16, float16, or float64 if out is; shape (count,), contiguous.
 
     Raises:
         ConfigError: an argument breaks a rule above.
-        DecodeError: an index is out of range (a RuntimeError under torch.compile). Nothing was written.
+        DecodeError: an index is out of range (a RuntimeError under torch.compile). Nothing was written. The CUDA kernel
+            does not wait to be asked: it writes nothing for such an index, and `raise_device_errors` tells.
     """
     checks.flat("out", out, checks.SUMS)
     checks.flat("indices", indices, checks.INDICES)
@@ -263,7 +266,7 @@ def scatter_add_(out: Tensor, indices: Tensor, values: Tensor) -> None:
         return
     checks.apart("values", values, "out", out)
     if not native.silent:
-        native.announce()
+        native.announce(out.device)
     try:
         _scatter_add_(out, indices, values)
     except RuntimeError:
@@ -284,5 +287,5 @@ def all_finite(x: Tensor) -> bool:
     """
     checks.flat("x", x, checks.FLOATS)
     if not is_compiling() and not native.silent:
-        native.announce()
+        native.announce(x.device)
     return bool(_all_finite(x).item())

@@ -1,8 +1,9 @@
 """Loads the native kernels, once, when imported, and knows which of their CPU paths is in use.
 
 The environment variable DISTOPT_CPU_CAPABILITY forces a path: scalar, avx2, avx512, neon, or reference (torch alone).
-A value that is unknown, or that this machine or build lacks, is a ConfigError. Without the native library everything
-runs on the reference, and the first operation says so in one warning on the logger "distopt".
+A value that is unknown, or that this machine or build lacks, is a ConfigError. The kernels for CUDA tensors are a
+library of their own, built where torch has CUDA. Without a library its tensors run on the reference, and the first
+operation on one says so in one warning on the logger "distopt".
 """
 
 import logging
@@ -24,12 +25,14 @@ _log = logging.getLogger("distopt")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildInfo:
-    """What does the work on CPU tensors, and why."""
+    """What does the work on CPU and on CUDA tensors, and why."""
 
     backend: str  # "scalar", "avx2", "avx512", "neon" or "reference"
     available: tuple[str, ...]  # the values that DISTOPT_CPU_CAPABILITY may take here
     library: str | None  # file of the native kernels, None without them
     problem: str | None  # why there are none, None if there are or if the reference was asked for
+    cuda_library: str | None  # file of the kernels for CUDA tensors, None without them
+    cuda_problem: str | None  # why there are none, None if there are or if the reference was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +80,44 @@ def backend() -> str:
 
 def build_info() -> BuildInfo:
     """Everything that a bug report needs about the kernels."""
-    library = str(_library) if _library is not None and _problem is None else None
-    return BuildInfo(backend=backend(), available=_available, library=library, problem=_problem)
-
-
-def announce() -> None:
-    """Says once that there are no native kernels, unless the reference was asked for."""
-    global silent
-    silent = True
-    _log.warning(
-        "distopt runs on its reference in torch (same results, slower): %s; install a C++17 compiler, then "
-        "`pip install --no-build-isolation --no-deps --force-reinstall -v .` in a clone shows what the build says",
-        _problem,
+    return BuildInfo(
+        backend=backend(),
+        available=_available,
+        library=str(_library) if _library is not None and _problem is None else None,
+        problem=_problem,
+        cuda_library=str(_cuda_library) if has_cuda_kernels() else None,
+        cuda_problem=_cuda_problem,
     )
 
 
-def _find_library() -> Path | None:
-    return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+def has_cuda_kernels() -> bool:
+    """Whether operations on CUDA tensors run on the kernels of this package."""
+    return _cuda_library is not None and _cuda_problem is None and _asked != REFERENCE
 
 
-def _load(library: Path | None) -> str | None:
+def announce(device: torch.device) -> None:
+    """Says once that there are no native kernels for tensors on this kind of device, unless that was asked for."""
+    global silent
+    problem = _unsaid.pop(device.type, None)
+    silent = not _unsaid
+    if problem is not None:
+        _log.warning(
+            "distopt runs on its reference in torch for %s tensors (same results, slower): %s; install %s, then "
+            "`pip install --no-build-isolation --no-deps --force-reinstall -v .` in a clone shows what the build says",
+            device.type.upper(),
+            problem,
+            "the CUDA toolkit that torch was built for" if device.type == "cuda" else "a C++17 compiler",
+        )
+
+
+def _find_library(stem: str) -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob(f"{stem}.*so"))), None)
+
+
+def _load(library: Path | None, kind: str) -> str | None:
     """Registers the kernels; the reason if that is not possible."""
     if library is None:
-        return "the native kernels were not built"
+        return f"the {kind} kernels were not built"
     try:
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
@@ -128,15 +146,27 @@ def _choose(asked: str) -> None:
 
 
 _asked = os.environ.get(VARIABLE, "").strip().lower()
-_library = _find_library()
-_problem = None if _asked == REFERENCE else _load(_library)
+_library = _find_library("_native")
+_problem = None if _asked == REFERENCE else _load(_library, "native")
+_cuda_library = _find_library("_native_cuda")
+_cuda_problem: str | None = None
+if torch.version.cuda is None:
+    _cuda_problem = "this torch was built without CUDA"
+elif _asked != REFERENCE:
+    _cuda_problem = _load(_cuda_library, "CUDA")
 _available: tuple[str, ...] = (REFERENCE,)
 if _asked != REFERENCE and _problem is None:
     _available += tuple(name for path, name in enumerate(PATHS) if _has_path(path))
 if _asked:
     _choose(_asked)
 
-silent = _problem is None  # read by the dispatch on each call
+# What the first operation on a tensor of this kind has to say.
+_unsaid = {
+    device: problem
+    for device, problem in (("cpu", _problem), ("cuda", _cuda_problem))
+    if problem is not None and (device == "cpu" or torch.version.cuda is not None)
+}
+silent = not _unsaid  # read by the dispatch on each call
 
 __all__ = [
     "PATHS",
@@ -147,6 +177,7 @@ __all__ = [
     "announce",
     "backend",
     "build_info",
+    "has_cuda_kernels",
     "schemas",
     "selection_counts",
     "use_path",

@@ -27,6 +27,7 @@ LIBRARY.define(
 LIBRARY.define("topk_abs_interleaved(Tensor x, int k, int num_owners) -> (Tensor, Tensor)")
 LIBRARY.define("scatter_add_(Tensor(a!) out, Tensor indices, Tensor values) -> ()")
 LIBRARY.define("all_finite(Tensor x) -> Tensor")  # one bool: an operator that returns a Python bool cannot be traced
+LIBRARY.define("_device_errors(Tensor like) -> Tensor")  # CUDA kernels only, see distopt.ops.device_errors
 LIBRARY.define("_cpu_path(int path) -> int")  # native only, as the next, see distopt.ops.native
 LIBRARY.define("_selection_count(int counter) -> int")
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distopt import ops
 
@@ -83,6 +84,15 @@ def test_the_build_says_that_torch_is_missing(source, tmp_path):
     assert "pip install --no-build-isolation" in done.stderr
     skipped = run(sys.executable, "setup.py", "--version", cwd=source, PYTHONPATH=str(tmp_path), DISTOPT_NO_NATIVE="1")
     assert skipped.returncode == 0, skipped.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_required_cuda_kernels_need_a_torch_with_cuda(source):
+    done = run(sys.executable, "setup.py", "--version", cwd=source, DISTOPT_REQUIRE_CUDA="1")
+    assert done.returncode != 0
+    assert f"the CUDA kernels were not built: torch {torch.__version__} was built without CUDA" in done.stderr
+    info = ops.build_info()
+    assert (info.cuda_library, info.cuda_problem) == (None, "this torch was built without CUDA")
 
 
 @pytest.mark.slow
