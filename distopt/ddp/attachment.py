@@ -17,6 +17,7 @@ from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.join import keep_decay_in_step
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
+from distopt.ddp.prediction import Predictor
 from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.routing import open_routes
 from distopt.ddp.takeover import Takeover, averaged_momentum
@@ -81,6 +82,7 @@ class Attachment:
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
         self._tracked = self._track(parameters, densities)
         policy = algorithm.step_policy(tracks_usage=tracks_usage)
+        self._measures = policy.wire.exchange == "auto" and policy.wire.link is None
         routing, self._channels = open_routes(policy.wire, self.process_group, self._device)
         self._hook = CommHook(
             self._tracked,
@@ -140,18 +142,21 @@ class Attachment:
 
         Follows the `Stateful` protocol of torch.distributed.checkpoint; per-rank entries are keyed by rank.
         """
+        predict = self._hook.routing.predict
         return {
             "format": states.FORMAT,
             "algorithm": self.algorithm.name,
             "world_size": self.process_group.size(),
             "step": self._hook.step,
             "paused": self._hook.sends_whole,
+            "prediction": predict.to_json() if isinstance(predict, Predictor) else "",
             **states.collect(self._tracked, self.process_group.rank()),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes a state back. With the number of ranks it was saved on each rank loads its own, without a collective.
 
+        With exchange="auto" routes are then chosen by the link that was measured before: the run goes on bit for bit.
         With another number it is a collective: each rank brings any of the old states (`distopt.checkpoint.load`
         deals them out), and what they hold is redistributed.
 
@@ -168,6 +173,7 @@ class Attachment:
             if problem is not None:
                 raise problem
             states.restore_own(state_dict, self._tracked, self.process_group.rank())
+            self._choose_as_before(state_dict["prediction"])
         else:
             self.raise_together(problem)
             states.redistribute(state_dict, self._tracked, self.process_group, self._device)
@@ -196,6 +202,14 @@ class Attachment:
             self.detach()
         elif self._attached:  # the other ranks may not be on their way here: no collective
             self._release({})
+
+    def _choose_as_before(self, prediction: str) -> None:
+        """Takes over what routes were chosen by, if it knows the nodes that there are now."""
+        if not self._measures or not prediction:
+            return
+        before = Predictor.from_json(prediction)
+        if (before.node_link is not None) == ("hierarchical" in self._hook.routing.routes):
+            self._hook.choose_by(before)
 
     def _is_own_size(self, state_dict: Mapping[str, Any]) -> bool:
         saved = state_dict.get("world_size") if isinstance(state_dict, Mapping) else None

@@ -5,6 +5,7 @@ pass. *Deferred*: what needs the whole gradient before anything may change (loca
 steps, a GradScaler) waits for the last bucket; nothing overlaps then, and `stats()["overlap"]` says so.
 """
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -128,6 +129,16 @@ class CommHook:
             waiting, self._waiting = self._waiting, []
             self._run_deferred(waiting)
         return future
+
+    @property
+    def routing(self) -> Routing:
+        """The ways between the ranks, and what chooses among them."""
+        return self._routing
+
+    def choose_by(self, predict: Callable[[BucketPlan], float]) -> None:
+        """Chooses routes by another prediction from the next step on; the same on every rank."""
+        self._routing = dataclasses.replace(self._routing, predict=predict)
+        self._plans.clear()
 
     def density_of(self, entry: TrackedParameter) -> float:
         """The density of a parameter in the step under way; 1.0 sends it whole."""

@@ -6,7 +6,9 @@ known at attach.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,17 @@ class Predictor:
     speed: Speed
     node_link: Link | None = None
     leader_link: Link | None = None
+
+    def to_json(self) -> str:
+        """Everything that the choice of routes depends on: a run that goes on elsewhere must choose alike."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        facts = json.loads(text)
+        between = {name: Link(**facts[name]) for name in ("node_link", "leader_link") if facts[name]}
+        return cls(link=Link(**facts["link"]), speed=Speed(**facts["speed"]), **between)
 
     def __call__(self, plan: BucketPlan) -> float:
         """Seconds from the hook's call to the update in the buffer, if nothing else is going on."""

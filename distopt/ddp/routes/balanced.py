@@ -7,8 +7,11 @@ The sparse entries of a bucket, taken as one vector V, are owned in turn: entry 
    v: the owner keeps, so that the sum over the ranks of updates and of v is what was put in, exactly.
 3. u is masked only where this rank sent an entry and its owner passed it on.
 
-s = ceil(k/N), m = ceil(4k/N). Fewer messages than in an all-gather at equal k; two of them after each other, so at few
-ranks it is slower. Selection is over the bucket, not per tensor: with N owners a small tensor has no k of its own.
+s = ceil(k/N), m = ceil(4k/N). Two phases after each other: at few ranks it is slower than one all-gather.
+
+Limits: selection is over the bucket, not per tensor (with N owners a small tensor has no k of its own), so the result
+depends on what is in a bucket. DDP rebuilds its buckets behind the first step of a process: a run that was resumed then
+goes on exactly, but not with the bits of the uninterrupted one (with find_unused_parameters it does: no rebuild).
 
 Source: the balanced exchange of Li & Hoefler, *Near-Optimal Sparse Allreduce* (PPoPP 2022), with fixed sizes,
 interleaved owners, and dropped sums kept by the owner instead of the sender.
