@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <thread>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/sparsify.h"
@@ -37,10 +37,10 @@ void set_element(uint8_t* data, DType dtype, int64_t i, float x) {
   std::memcpy(data + 2 * i, &brain.bits, 2);
 }
 
-// Whether a ranks before b.
-bool larger(float a, float b) {
-  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && !std::isnan(b);
-  return std::fabs(a) > std::fabs(b);
+// Larger for what ranks before: NaN above infinity.
+double rank_of(float x) {
+  if (std::isnan(x)) return 2e300;
+  return std::isinf(x) ? 1e300 : std::fabs(x);
 }
 
 bool same(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, DType dtype) {
@@ -83,14 +83,15 @@ int64_t Call::count() const {
 
 std::vector<int32_t> largest(const std::vector<uint8_t>& x, DType dtype, int64_t first, int64_t step, int64_t n,
                              int64_t k) {
-  std::vector<float> each;
-  for (int64_t i = first; i < n; i += step) each.push_back(element(x.data(), dtype, i));
-  std::vector<int32_t> order(each.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return larger(each[a], each[b]); });
-  order.resize(k);
-  std::sort(order.begin(), order.end());
-  return order;
+  std::vector<std::pair<double, int32_t>> order;
+  for (int64_t i = first; i < n; i += step) {
+    order.emplace_back(-rank_of(element(x.data(), dtype, i)), static_cast<int32_t>(order.size()));
+  }
+  if (k < static_cast<int64_t>(order.size())) std::nth_element(order.begin(), order.begin() + k, order.end());
+  std::vector<int32_t> found;
+  for (int64_t i = 0; i < k; ++i) found.push_back(order[i].second);
+  std::sort(found.begin(), found.end());
+  return found;
 }
 
 Result reference(Call call) {

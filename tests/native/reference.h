@@ -1,4 +1,5 @@
-// What the kernels must compute, in the obvious way: a loop for the update, a stable sort for the selection.
+// What the kernels must compute, in the obvious way: a loop for the update, an ordering of (magnitude, position) for
+// the selection.
 #pragma once
 
 #include <cstdint>
