@@ -19,7 +19,7 @@ pytestmark = [
 ALGORITHMS = {
     "dgc": distopt.DGC(density=0.05),
     "dgc fp16 block16": distopt.DGC(density=0.05, values="fp16", indices="block16"),
-    "dgc nesterov clip": distopt.DGC(density=0.05, clip=10.0),
+    "dgc clip": distopt.DGC(density=0.05, clip=10.0),
     "topk": distopt.TopK(density=0.05),
     "dense wire": distopt.DGC(density=0.05, wire="dense"),
 }
