@@ -5,6 +5,7 @@ Every bucket has a future of our own, so that it can be completed although a col
 
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,13 +27,22 @@ from distopt.errors import DistoptError
 class Exchange:
     """Carries buckets between the ranks of a group.
 
+    Args:
+        channels: Between the ranks.
+        statistics: Where to count.
+        explain: What to report instead of the error of a failed collective; may take a while.
+
     Attributes:
         failure: The first thing that went wrong in a callback, to be raised where the user can catch it.
         nonfinite: Who reported a non-finite gradient in the step under way.
     """
 
-    def __init__(self, channels: Channels, statistics: Statistics) -> None:
+    def __init__(
+        self, channels: Channels, statistics: Statistics, explain: Callable[[Exception], Exception] | None = None
+    ) -> None:
         self.failure: DistoptError | None = None
+        self._explain = explain
+        self._aborted = False
         self.nonfinite: list[NonFiniteReport] = []
         self._channels = channels
         self._statistics = statistics
@@ -64,7 +74,13 @@ class Exchange:
             began=time.perf_counter(),
         )
         with self._lock:
-            self._open.add(item)
+            aborted = self._aborted
+            if not aborted:
+                self._open.add(item)
+        if aborted:
+            item.buffer.zero_()
+            item.complete()
+            return item.future
         self._statistics.add(
             bytes_sent=plan.sent_bytes,
             bytes_dense=4 * plan.numel,
@@ -85,10 +101,11 @@ class Exchange:
         self._groups.clear()
 
     def abort(self, error: DistoptError) -> None:
-        """Completes every open bucket with zeros, whatever its collectives do, and keeps the error."""
+        """Completes every open bucket with zeros, and all that come, whatever their collectives do; keeps the error."""
         self.failure = self.failure or error
         self._aborted = error
         with self._lock:
+            self._aborted = True
             items, self._open = self._open, set()
         for item in items:
             item.buffer.zero_()
@@ -104,7 +121,14 @@ class Exchange:
 
     def _land(self, item: InFlight, error: Exception | None) -> None:
         """Ends a bucket's way, in the thread of its last collective: decodes, and completes its future."""
+        with self._lock:
+            if item not in self._open:  # aborted meanwhile: the buffer is not ours any more
+                return
         self._statistics.landed()
+        if error is not None and self._explain is not None and not isinstance(error, DistoptError):
+            # Takes a while, and this thread belongs to the collectives.
+            threading.Thread(target=self._land_broken, args=(item, error), name="distopt broken", daemon=True).start()
+            return
         began = time.perf_counter()
         try:
             if error is not None:
@@ -122,6 +146,14 @@ class Exchange:
         self._statistics.add(seconds_decoding=ended - began)
         self._statistics.took_route(item.plan.route, predicted_s=item.plan.predicted_s, measured_s=ended - item.began)
         self._complete(item)
+
+    def _land_broken(self, item: InFlight, error: Exception) -> None:
+        assert self._explain is not None
+        problem = self._explain(error)
+        if isinstance(problem, DistoptError):
+            self.abort(problem)
+        else:
+            self._complete(item, problem)
 
     def _complete(self, item: InFlight, error: Exception | None = None) -> None:
         with self._lock:
