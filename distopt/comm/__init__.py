@@ -1,5 +1,6 @@
 """Who gets it: collectives on fixed-size tensors, groups of ranks, and agreement without pickling anything."""
 
+from distopt.comm.abandon import end_when_stuck, leak_process_groups
 from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
@@ -24,8 +25,10 @@ __all__ = [
     "all_to_all",
     "await_at_exit",
     "broadcast_from_first",
+    "end_when_stuck",
     "find_nodes",
     "gather_json",
+    "leak_process_groups",
     "least_seconds",
     "measure_link",
     "open_channels",

@@ -11,6 +11,7 @@ Limits: a heartbeat says that a process runs and can be reached, not that it mak
 interpreter lock for longer than the timeout, or is stopped in a debugger, is taken for lost.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -36,6 +37,7 @@ _FASTEST_BEAT_S = 0.02
 _TOGETHER_BEATS = 3  # ranks that fell silent this close to each other are lost together: they shared a host or a link
 _VERDICT_BEATS = 6  # so many without a word are enough where a collective has failed already
 _LAST_WORDS = 3  # how often the last datagram is sent, because any may get lost
+_ENDED = "it has ended"
 _ALL_LISTEN = 64  # up to so many ranks, last words go to all of them
 
 
@@ -85,7 +87,7 @@ class Heartbeat:
         self._beat_s = min(_SLOWEST_BEAT_S, timeout_s / _BEATS_PER_TIMEOUT)
         self._watching = False
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close us in the very thread that holds it
         self._moved = threading.Condition(self._lock)
         self._clock = _ListeningClock(2 * self._beat_s)
         self._table = Table(own, len(members), self._clock.now)
@@ -95,7 +97,8 @@ class Heartbeat:
         self._earlier_error = getattr(sys, "last_value", None)
         self._waker, self._wake = socket.socketpair()
         endpoint.setblocking(False)
-        # As atexit, and also in processes that multiprocessing has started, which know no atexit.
+        atexit.register(self._close_at_exit)
+        # Processes that multiprocessing has started know no atexit.
         self._at_exit = multiprocessing.util.Finalize(None, self._close_at_exit, exitpriority=0)
         self._thread = threading.Thread(target=self._run, name="distopt heartbeat", daemon=True)
         self._thread.start()
@@ -123,7 +126,7 @@ class Heartbeat:
             if self._goes_on():
                 self._judge((_VERDICT_BEATS - 1) * self._beat_s, "after a collective failed")
             if self._goes_on() and self._table.left():
-                self._conclude(self._table.left(), dict.fromkeys(self._table.left(), "it has detached or ended"))
+                self._conclude(self._table.left(), dict.fromkeys(self._table.left(), f"{_ENDED} or detached"))
             return self.error
 
     def stats(self) -> dict[str, Any]:
@@ -141,6 +144,7 @@ class Heartbeat:
         if self._closed or os.getpid() != self._pid:  # a forked child has the object but is not the rank
             return
         self._at_exit.cancel()
+        atexit.unregister(self._close_at_exit)
         with self._moved:
             self._closed = True
             self._table.end(failed=failed and self.error is None)  # after a loss the lost rank is the news
@@ -161,7 +165,7 @@ class Heartbeat:
                 selector.register(self._waker, selectors.EVENT_READ)
                 self._beat_until_closed(selector)
             for _ in range(_LAST_WORDS):
-                self._send(range(len(self._members)) if len(self._members) <= _ALL_LISTEN else self._listeners())
+                self._send(self._many_listeners())
         except Exception:
             _log.exception(
                 "the heartbeat has failed: lost peers are not noticed any more, and others will miss this rank"
@@ -193,7 +197,11 @@ class Heartbeat:
         steps = [1 << i for i in range((num_ranks - 1).bit_length())] + [self._random.randrange(1, num_ranks)]
         return {(self._own + step) % num_ranks for step in steps}
 
-    def _send(self, to: Sequence[int] | set[int]) -> None:
+    def _many_listeners(self) -> set[int]:
+        """For what must not wait for the next beat."""
+        return set(range(len(self._members))) if len(self._members) <= _ALL_LISTEN else self._listeners()
+
+    def _send(self, to: set[int]) -> None:
         with self._lock:
             data = encode(self._table.datagram(), self._nonce)
         for position in to:
@@ -239,17 +247,21 @@ class Heartbeat:
 
     def _hearsay(self, rank: int) -> str:
         told_by = self._table.told_by(rank)
-        return "it ended with an error" if told_by == rank else f"given up by {self._members[told_by or 0]}"
+        return f"{_ENDED} with an error" if told_by == rank else f"given up by {self._members[told_by or 0]}"
 
     def _conclude(self, lost: Sequence[int], reasons: dict[int, str]) -> None:
         message = "; ".join(f"lost {self._members[position]}: {reasons[position]}" for position in lost)
-        if len(lost) == len(self._members) - 1:
-            message += f". These are all the others: it may be {self._members[self._own].host} that is cut off"
+        if all(_ENDED in reason for reason in reasons.values()):
+            cause = "The first error in the output of all ranks says why"
+        elif len(lost) == len(self._members) - 1:
+            cause = f"These are all the others, so perhaps it is {self._members[self._own].host} that is cut off"
+        else:
+            cause = "Processes died or hang, or the network is down"
         self.error = PeerLostError(
-            f"{message}. Its process died or hangs, or the network is down; start all ranks again from the last "
-            "checkpoint",
+            f"{message}. {cause}; start all ranks again from the last checkpoint",
             sorted(self._members[position].rank for position in lost),
         )
+        self._send(self._many_listeners())  # this process may end before the next beat
         # In a thread of its own: this one goes on telling the others.
         threading.Thread(target=self._on_loss, args=(self.error,), name="distopt peer lost", daemon=True).start()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distopt.comm import Link, LinkModel
 from distopt.compress import INDEX_FORMATS, WIRE_DTYPES
-from distopt.config import Algorithm, FrozenMapping, check_choice, check_count, check_density
+from distopt.config import Algorithm, FrozenMapping, check_choice, check_count, check_density, check_number
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.densities import choose_densities
 from distopt.ddp.hook import LossScale
@@ -23,14 +23,23 @@ from distopt.errors import ConfigError
 EXCHANGES = ("auto", "allgather", "balanced", "hierarchical", "dense")
 
 
+def check_peer_timeout(value: object) -> None:
+    """Raises `ConfigError` unless value is None or a positive number of seconds."""
+    if value is not None:
+        rule, remedy = "a number of seconds above 0, or None", "use 120.0, or None to not watch the other ranks"
+        check_number("peer_timeout", value, rule=rule, remedy=remedy, low=0.0, high=1e6)
+
+
 class DDPAlgorithm(Algorithm):
     """Base of the algorithms that attach to a `DistributedDataParallel` model.
 
     Attributes:
         corrects_momentum: Whether the algorithm replaces the momentum of SGD (and refuses other optimizers).
+        peer_timeout: Seconds of silence after which another rank is lost; None to not watch the others.
     """
 
     corrects_momentum: bool = False
+    peer_timeout: float | None = 120.0
 
     def attach(
         self,
@@ -88,6 +97,7 @@ class CompressedAlgorithm(DDPAlgorithm):
     nonfinite: str = "error"  # "skip" leaves steps with NaN or Inf out on all ranks, at the price of overlap
     skip: tuple[str, ...] = ()  # name patterns of parameters to send whole: more exact, more bytes
     densities: Mapping[str, float] = FrozenMapping()  # name pattern to a density of its own; the first match counts
+    peer_timeout: float | None = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it
 
     def __post_init__(self) -> None:
         check_density("density", self.density)
@@ -106,6 +116,7 @@ class CompressedAlgorithm(DDPAlgorithm):
             remedy = "leave it out to ask the launcher"
             check_count("ranks_per_node", self.ranks_per_node, low=1, remedy=remedy)
         check_choice("residuals", self.residuals, ("fp32", "bf16"))
+        check_peer_timeout(self.peer_timeout)
         check_choice("nonfinite", self.nonfinite, ("error", "skip"))
         if not isinstance(self.skip, tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f'skip must be a tuple of name patterns, got {self.skip!r}; use ("*.bias", "head.*")')

@@ -1,6 +1,7 @@
 """An algorithm at work on one model: what `attach` returns, and what `detach` undoes."""
 
 import logging
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +18,7 @@ from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.join import keep_decay_in_step
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
+from distopt.ddp.peers import Peers
 from distopt.ddp.prediction import Predictor
 from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.routing import open_routes
@@ -84,6 +86,7 @@ class Attachment:
         policy = algorithm.step_policy(tracks_usage=tracks_usage)
         self._measures = policy.wire.exchange == "auto" and policy.wire.link is None
         routing, self._channels = open_routes(policy.wire, self.process_group, self._device)
+        self._peers = Peers()
         self._hook = CommHook(
             self._tracked,
             policy,
@@ -91,6 +94,7 @@ class Attachment:
             routing,
             scale=scaler if self._scaled else None,
             usage=self._usage,
+            peers=self._peers,
         )
         self._undo_join = keep_decay_in_step(ddp, self.process_group, self._tracked)
         self._slot = slot
@@ -99,6 +103,9 @@ class Attachment:
             self._takeover.take(self._tracked)
         self._step_handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._attached = True
+        self._peers.watch(self.process_group, self._device, algorithm.peer_timeout, self._hook.fail)
+        # The heartbeat's thread keeps nothing of this alive, and ends with it.
+        weakref.finalize(self, self._peers.close).atexit = False
         self._announce()
 
     def stats(self) -> dict[str, Any]:
@@ -122,6 +129,7 @@ class Attachment:
             "entries_sent_whole": sum(e.parameter.numel() for e in self._tracked if e.density is None),
             "state_bytes": self._state_bytes(),
             "taken_over": self._takeover.describe() if self._takeover else "",
+            "heartbeat": self._peers.stats(),
         }
 
     def pause(self) -> None:
@@ -189,7 +197,9 @@ class Attachment:
         The optimizer's momentum buffers become the rank average of u with the decay momentum. What was held back in v
         is dropped; to apply it first, take one step after `pause()`.
         """
-        if self._attached:
+        if self._attached and self._peers.error is not None:  # who is lost takes part in no collective
+            self._release({})
+        elif self._attached:
             self._release(averaged_momentum(self._tracked, self.process_group) if self._takeover else {})
 
     def __enter__(self) -> Self:
@@ -201,7 +211,7 @@ class Attachment:
         if kind is None:
             self.detach()
         elif self._attached:  # the other ranks may not be on their way here: no collective
-            self._release({})
+            self._release({}, failed=True)
 
     def _choose_as_before(self, prediction: str) -> None:
         """Takes over what routes were chosen by, if it knows the nodes that there are now."""
@@ -260,8 +270,9 @@ class Attachment:
             )
         return tracked
 
-    def _release(self, buffers: Mapping[int, Tensor]) -> None:
+    def _release(self, buffers: Mapping[int, Tensor], *, failed: bool = False) -> None:
         self._attached = False
+        self._peers.close(failed=failed)
         self._step_handle.remove()
         self._slot.hook = None
         self._undo_join()
@@ -275,6 +286,7 @@ class Attachment:
         """Where errors of the exchange reach the user, and where a step left out is kept from the optimizer."""
         failure = self._hook.take_failure()
         if failure is not None:
+            self._peers.tell()
             raise failure
         if self._takeover is not None:
             self._takeover.check_still_taken()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from distopt.compress import INDEX_FORMATS
-from distopt.ddp.algorithm import DDPAlgorithm
+from distopt.ddp.algorithm import DDPAlgorithm, check_peer_timeout
 from distopt.ddp.memory import Memory, NoMemory
 from distopt.ddp.parameters import Hyperparameters
 from distopt.ddp.policy import StepPolicy, WirePolicy
@@ -18,6 +18,11 @@ from distopt.ddp.policy import StepPolicy, WirePolicy
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(DDPAlgorithm, name="dense"):
     """Average every gradient whole. NaN and Inf pass through, as in DDP."""
+
+    peer_timeout: float | None = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it
+
+    def __post_init__(self) -> None:
+        check_peer_timeout(self.peer_timeout)
 
     def step_policy(self, *, tracks_usage: bool) -> StepPolicy:
         """See `DDPAlgorithm.step_policy`."""

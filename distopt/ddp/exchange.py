@@ -5,6 +5,7 @@ Every bucket has a future of our own, so that it can be completed although a col
 
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,20 +27,28 @@ from distopt.errors import DistoptError
 class Exchange:
     """Carries buckets between the ranks of a group.
 
+    Args:
+        channels: Between the ranks.
+        statistics: Where to count.
+        explain: What to report instead of the error of a failed collective; may take a while.
+
     Attributes:
         failure: The first thing that went wrong in a callback, to be raised where the user can catch it.
         nonfinite: Who reported a non-finite gradient in the step under way.
     """
 
-    def __init__(self, channels: Channels, statistics: Statistics) -> None:
+    def __init__(
+        self, channels: Channels, statistics: Statistics, explain: Callable[[Exception], Exception] | None = None
+    ) -> None:
         self.failure: DistoptError | None = None
+        self._explain = explain
+        self._aborted = False
         self.nonfinite: list[NonFiniteReport] = []
         self._channels = channels
         self._statistics = statistics
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._groups: dict[BucketPlan, Groups] = {}
         self._open: set[InFlight] = set()
-        self._aborted: DistoptError | None = None
         self._lock = threading.Lock()
 
     def start(
@@ -64,7 +73,13 @@ class Exchange:
             began=time.perf_counter(),
         )
         with self._lock:
-            self._open.add(item)
+            aborted = self._aborted
+            if not aborted:
+                self._open.add(item)
+        if aborted:
+            item.buffer.zero_()
+            item.complete()
+            return item.future
         self._statistics.add(
             bytes_sent=plan.sent_bytes,
             bytes_dense=4 * plan.numel,
@@ -76,8 +91,6 @@ class Exchange:
             buckets_dense=plan.route in ("whole", "dense"),
         )
         ROUTES[plan.route](item, self._channels, self._statistics, self._land)
-        if self._aborted is not None:  # while this bucket was on its way into the set of open ones
-            self.abort(self._aborted)
         return item.future
 
     def forget_groups(self) -> None:
@@ -85,10 +98,10 @@ class Exchange:
         self._groups.clear()
 
     def abort(self, error: DistoptError) -> None:
-        """Completes every open bucket with zeros, whatever its collectives do, and keeps the error."""
+        """Completes every open bucket with zeros, and all that come, whatever their collectives do; keeps the error."""
         self.failure = self.failure or error
-        self._aborted = error
         with self._lock:
+            self._aborted = True
             items, self._open = self._open, set()
         for item in items:
             item.buffer.zero_()
@@ -104,7 +117,14 @@ class Exchange:
 
     def _land(self, item: InFlight, error: Exception | None) -> None:
         """Ends a bucket's way, in the thread of its last collective: decodes, and completes its future."""
+        with self._lock:
+            if item not in self._open:  # aborted meanwhile: the buffer is not ours any more
+                return
         self._statistics.landed()
+        if error is not None and self._explain is not None and not isinstance(error, DistoptError):
+            # Takes a while, and this thread belongs to the collectives.
+            threading.Thread(target=self._land_broken, args=(item, error), name="distopt broken", daemon=True).start()
+            return
         began = time.perf_counter()
         try:
             if error is not None:
@@ -122,6 +142,14 @@ class Exchange:
         self._statistics.add(seconds_decoding=ended - began)
         self._statistics.took_route(item.plan.route, predicted_s=item.plan.predicted_s, measured_s=ended - item.began)
         self._complete(item)
+
+    def _land_broken(self, item: InFlight, error: Exception) -> None:
+        assert self._explain is not None
+        problem = self._explain(error)
+        if isinstance(problem, DistoptError):
+            self.abort(problem)
+        else:
+            self._complete(item, problem)
 
     def _complete(self, item: InFlight, error: Exception | None = None) -> None:
         with self._lock:

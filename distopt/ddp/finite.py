@@ -1,9 +1,11 @@
 """Finding NaN and Inf in gradients, and saying where: parameter name and rank."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.futures import Future
 
 from distopt import ops
 from distopt.comm import all_gather
@@ -22,7 +24,11 @@ def first_nonfinite(bucket: Bucket) -> int | None:
 
 
 def agree_on_nonfinite(
-    first: int | None, names: list[str], group: dist.ProcessGroup, device: torch.device
+    first: int | None,
+    names: list[str],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    wait: Callable[["Future[Any]"], None],
 ) -> list[NonFiniteReport]:
     """Tells every rank what each found. Blocking and collective.
 
@@ -31,10 +37,11 @@ def agree_on_nonfinite(
         names: The parameters, in an order that all ranks share.
         group: The ranks.
         device: Where the group's backend wants its tensors.
+        wait: For a collective; may raise.
     """
     found = torch.tensor([0 if first is None else first + 1], dtype=torch.int32, device=device)
     gathered, done = all_gather(found, group)
-    done.wait()
+    wait(done)
     return [NonFiniteReport(rank, names[code - 1]) for rank, code in enumerate(gathered.view(-1).tolist()) if code]
 
 

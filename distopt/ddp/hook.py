@@ -23,11 +23,12 @@ from distopt.ddp.exchange import Exchange
 from distopt.ddp.finite import agree_on_nonfinite, describe, first_nonfinite, nonfinite_error
 from distopt.ddp.inflight import future_for
 from distopt.ddp.parameters import TrackedParameter, shaped_like
+from distopt.ddp.peers import Peers
 from distopt.ddp.plan import BucketPlan, Slot, plan_bucket
 from distopt.ddp.policy import Routing, StepPolicy
 from distopt.ddp.statistics import Statistics
 from distopt.ddp.unused import UsageTracker
-from distopt.errors import CompatibilityError, DesyncError, DistoptError
+from distopt.errors import CompatibilityError, DesyncError, DistoptError, PeerLostError
 
 _log = logging.getLogger("distopt")
 
@@ -49,6 +50,7 @@ class CommHook:
         routing: The ways between the ranks.
         scale: The loss scale in use, or None.
         usage: Watches which parameters take part; None if all always do.
+        peers: Know when ranks are lost.
 
     Attributes:
         step: Completed steps; warm-up counts in these.
@@ -65,6 +67,7 @@ class CommHook:
         *,
         scale: LossScale | None = None,
         usage: UsageTracker | None = None,
+        peers: Peers | None = None,
     ) -> None:
         if policy.nonfinite == "ignore":  # then Inf may pass, and averaging does not mind the unit
             scale = None
@@ -79,7 +82,8 @@ class CommHook:
         self._routing = routing
         self._scale = scale
         self._usage = usage
-        self._exchange = Exchange(channels, self.statistics)
+        self._peers = peers or Peers()
+        self._exchange = Exchange(channels, self.statistics, self._peers.explain)
         self._tracked: Mapping[int, TrackedParameter] = {id(entry.parameter): entry for entry in tracked}
         self._names = [entry.name for entry in tracked]
         self._order = {entry.name: i for i, entry in enumerate(tracked)}
@@ -170,14 +174,14 @@ class CommHook:
         """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
         own = torch.tensor([self.step, self.sends_whole], device=device)
         starts, done = all_gather(own, self._group)
-        done.wait()
         try:
+            self._peers.wait(done)
             check_steps([int(step) for step, _ in starts], self.step)
             if any(bool(paused) != self.sends_whole for _, paused in starts):
                 raise DesyncError(
                     "all ranks must be paused or none, got both; call pause() on every rank in the same step"
                 )
-        except DesyncError as error:
+        except (DesyncError, PeerLostError) as error:
             self._exchange.failure = error
             self._refusing = True
         self._agreed = not self._refusing
@@ -186,6 +190,9 @@ class CommHook:
         """Completes a bucket with zeros: every rank does, and raises at `optimizer.step()`, which DDP survives."""
         future = future_for(bucket)
         future.set_result(bucket.buffer().zero_())
+        waiting, self._waiting = self._waiting, []
+        for earlier, _, outer in waiting:
+            outer.set_result(earlier.buffer().zero_())
         if bucket.is_last():
             self._refusing = False
             self._end_step(skipped=True)
@@ -250,7 +257,12 @@ class CommHook:
         self.statistics.end_step(skipped=skipped)
 
     def _run_deferred(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]]) -> None:
-        if self._policy.nonfinite != "ignore" and self._leave_out_if_nonfinite(waiting):
+        try:
+            if self._policy.nonfinite != "ignore" and self._leave_out_if_nonfinite(waiting):
+                return
+        except PeerLostError as error:
+            self._exchange.failure = error
+            self._end_deferred(waiting, fill=0.0)
             return
         scale = self._scale.get_scale() if self._scale is not None else 1.0
         factor = self._clip_factor(waiting, scale) / scale
@@ -267,7 +279,7 @@ class CommHook:
             if position is not None:
                 first = self._order[plan.slots[position].tracked.name]
                 break
-        reports = agree_on_nonfinite(first, self._names, self._group, waiting[0][0].buffer().device)
+        reports = agree_on_nonfinite(first, self._names, self._group, waiting[0][0].buffer().device, self._peers.wait)
         status = torch.int32.itemsize
         self.statistics.add(bytes_sent=status, link_bytes_sent=allgather_bytes(self._group.size(), status))
         if not reports:
@@ -277,13 +289,17 @@ class CommHook:
             self._exchange.nonfinite = reports
         elif self._scale is None:
             _log.warning("step %d is left out: NaN or Inf in %s", self.step, describe(reports))
+        # GradScaler looks for inf in p.grad: every rank must find it, so that all of them skip and rescale.
+        self._end_deferred(waiting, fill=torch.inf if self._scale is not None else 0.0)
+        return True
+
+    def _end_deferred(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]], *, fill: float) -> None:
+        """Ends a step of which nothing has been sent."""
         with self._lock:
             self._open_buckets = 0
         self._end_step(skipped=True)
         for bucket, _, future in waiting:
-            # GradScaler looks for inf in p.grad: every rank must find it, so that all of them skip and rescale.
-            future.set_result(bucket.buffer().fill_(torch.inf if self._scale is not None else 0.0))
-        return True
+            future.set_result(bucket.buffer().fill_(fill))
 
     def _clip_factor(self, waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]], scale: float) -> float:
         """Local gradient clipping: `min(1, threshold N^-1/2 / ||g||)` over the whole gradient (DGC, section 3.2)."""

@@ -149,7 +149,7 @@ def what_rank_0_hears(store, timeout_s, ending, *, in_script):
     [
         ("import signal; os.kill(os.getpid(), signal.SIGSTOP)", 1.0, "no heartbeat for"),
         ("import signal; os.kill(os.getpid(), signal.SIGKILL)", 1.0, "no heartbeat for"),
-        ("raise ValueError('the script is wrong')", 3600.0, "it ended with an error"),
+        ("raise ValueError('the script is wrong')", 3600.0, "it has ended with an error"),
     ],
     ids=["stopped", "killed", "failed"],
 )

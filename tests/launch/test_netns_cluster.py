@@ -9,15 +9,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "netns_cluster.sh"
-NAME = f"t{os.getpid()}"
-DEADLINE_S = 40
+from netns import DEADLINE_S, NAME, REAL, SCRIPT, cluster, command, namespaces, needs_namespaces
+
 TORCHRUN = """#!/bin/bash
 # what the script starts on each host: python -m torch.distributed.run ... --no-python COMMAND
 while [ "$1" != --no-python ]; do
@@ -27,36 +25,6 @@ done
 shift
 exec "$@"
 """
-
-
-def why_not():
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if not shutil.which("ip") or not shutil.which("tc"):
-        return "iproute2 is not installed"
-    probe = f"distopt-{NAME}-probe"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
-    return f"cannot make a network namespace: {made.stderr.strip()}" if made.returncode else ""
-
-
-REASON = why_not()
-needs_namespaces = pytest.mark.skipif(bool(REASON), reason=REASON or "can make them")
-
-
-def command(*arguments, name=NAME):
-    return ["bash", str(SCRIPT), "--name", name, *map(str, arguments)]
-
-
-def cluster(*arguments, name=NAME, deadline_s=DEADLINE_S, **settings):
-    return subprocess.run(
-        command(*arguments, name=name), capture_output=True, text=True, timeout=deadline_s, check=False, **settings
-    )
-
-
-def namespaces():
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if line.split()[0].startswith(f"distopt-{NAME}")}
 
 
 def processes(marker):
@@ -380,8 +348,7 @@ dist.destroy_process_group()
 @pytest.mark.timeout(100)
 def test_two_hosts_train_with_dgc(hosts, tmp_path):
     (tmp_path / "training.py").write_text(TRAINING)
-    with_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": with_python, "RESULTS": str(tmp_path), "PYTHONPATH": str(SCRIPT.parents[1])}
+    settings = {**REAL, "RESULTS": str(tmp_path)}
     ran = cluster("run", 2, "--deadline", 80, "--", tmp_path / "training.py", deadline_s=90,
                   env={**os.environ, **settings})  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
