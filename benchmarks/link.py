@@ -31,7 +31,7 @@ from distopt.cli.machine import machine, versions
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "launch" / "netns_cluster.sh"
-# Where each step frees and allocates tensors of many MB, glibc by default gives the memory back to the kernel each time.
+# Where each step frees and allocates many MB, glibc by default gives the memory back to the kernel each time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "500000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 ALONE_DEADLINE_S = 40  # of a mode that may hang
 
@@ -67,7 +67,9 @@ def job(hosts: int, rate: str, spec: dict, deadline_s: int) -> dict:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
-        ran = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
+        )
         if ran.returncode == 0:
             return json.loads(result.read_text())
         log = logs / "host1.log"
@@ -155,7 +157,8 @@ def table(cell: dict, cells: dict) -> str:
         )
     if "profile" in cell:
         found = cell["profile"]
-        lines += ["", f"{found['overlapped_fraction']:.0%} of the exchange ({found['exchange_ms']:.0f} ms) overlaps with backward"]
+        of_all = f"{found['hidden_ms']:.0f} of {found['exchange_ms']:.0f} ms"
+        lines += ["", f"{found['overlapped_fraction']:.0%} of the exchange ({of_all}) overlaps with backward"]
     return "\n".join(lines)
 
 

@@ -62,12 +62,7 @@ def _both(first: list[Interval], second: list[Interval]) -> list[Interval]:
 
 def _without(first: list[Interval], second: list[Interval]) -> list[Interval]:
     for begin, end in second:
-        first = [
-            part
-            for a, b in first
-            for part in ((a, min(b, begin)), (max(a, end), b))
-            if part[0] < part[1]
-        ]
+        first = [part for a, b in first for part in ((a, min(b, begin)), (max(a, end), b)) if part[0] < part[1]]
     return _union(first)
 
 

@@ -4,6 +4,7 @@ To add a way, add a line to `MODES`; to add a model, a function to `TASKS`.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from distopt.cli import datasets
 from distopt.ddp.algorithm import DDPAlgorithm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import lm_dgc  # the example's language model, text and perplexity  # noqa: E402
+import lm_dgc  # the example's language model, text and perplexity
 
 MOMENTUM = 0.9
 ONE_BUCKET_MB = 1000
@@ -115,7 +116,7 @@ class Images(Task):
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         widths = [self.data.train_images[0].numel(), 2048, 2048, 2048]
-        hidden = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], self.data.num_classes))
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:

@@ -53,7 +53,7 @@ def load_text(path):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, num_characters, embedding=64, hidden=256):
+    def __init__(self, num_characters, embedding=64, hidden=128):
         super().__init__()
         self.embedding = nn.Embedding(num_characters, embedding)
         self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
@@ -112,6 +112,7 @@ def parse_arguments():
     parser.add_argument("--density", type=float, default=0.001, help="part of the gradient that is sent")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=16, help=f"sequences of {CHARACTERS} per rank and step")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the LSTM")
     parser.add_argument("--lr", type=float, default=1.0, help="at the start; falls to 0 along a cosine")
     parser.add_argument("--clip", type=float, default=0.5, help="largest norm of the whole gradient")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,22 +122,22 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    train_text, held_out, num_characters = load_text(options.text)
     dist.init_process_group("gloo")
     torch.manual_seed(options.seed)
-    train_text, held_out, num_characters = load_text(options.text)
     if len(train_text) // (options.batch_size * dist.get_world_size()) <= CHARACTERS:
         sys.exit(f"{len(train_text):,} characters are too few for {dist.get_world_size()} ranks; lower --batch-size")
 
-    model = DistributedDataParallel(LanguageModel(num_characters))
+    model = DistributedDataParallel(LanguageModel(num_characters, hidden=options.hidden))
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     attachment = algorithm_from(options).attach(model, optimizer)  # <- distopt
 
-    curve = []
+    curve, state = [], None
     stream = batches(train_text, options.batch_size)
     for step in range(1, options.steps + 1):
         characters, following, begins = next(stream)
-        state = None if begins else tuple(part.detach() for part in state)
+        state = tuple(part.detach() for part in state) if state and not begins else None
         optimizer.zero_grad()
         scores, state = model(characters, state)
         loss_of(scores, following).backward()
@@ -149,7 +150,10 @@ def main():
             saving = stats["bytes_dense"] / stats["bytes_sent"]
             curve.append({"step": step, "perplexity": perplexity(model.module, held_out), "saving": saving})
             if dist.get_rank() == 0:
-                print(f"step {step}: perplexity {curve[-1]['perplexity']:.3f}, {saving:.0f}x fewer bytes than dense", flush=True)
+                print(
+                    f"step {step}: perplexity {curve[-1]['perplexity']:.3f}, {saving:.0f}x fewer bytes than dense",
+                    flush=True,
+                )
     if options.json and dist.get_rank() == 0:
         last = attachment.stats()["last"]
         figures = {
@@ -158,6 +162,7 @@ def main():
             "saving": curve[-1]["saving"],
             "saving_after_warmup": last["bytes_dense"] / last["bytes_sent"],
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
         }
         options.json.write_text(json.dumps(figures) + "\n")
     dist.destroy_process_group()
