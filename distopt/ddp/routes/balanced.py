@@ -41,7 +41,7 @@ def send(
     plan = item.plan
     assert plan.layout is not None
     with statistics.selecting():
-        indices, values = _contribute(item, plan.num_ranks, plan.layout.count)
+        indices, values = contribute(item)
     with statistics.launching():
         messages = plan.layout.pack(item.header, indices, values)
         averaged = None
@@ -66,9 +66,26 @@ def send(
     channels.worker.submit(phases)
 
 
-def _contribute(item: InFlight, num_owners: int, share: int) -> tuple[Tensor, Tensor]:
-    """Phase 1, first half: for each owner the largest entries of v; indices (N, s) count an owner's entries, values."""
+def _through_owners(item: InFlight, channels: Channels, messages: Tensor, sent: Tensor) -> None:
+    """The collectives of both phases."""
+    assert channels.phased is not None
+    received = all_to_all(messages, channels.phased)
+    payload = pass_on(item, received, channels.world.rank())
+    if payload is not None:
+        gathered, done = all_gather(payload, channels.phased)
+        done.wait()
+        finish(item, gathered, sent)
+
+
+def contribute(item: InFlight) -> tuple[Tensor, Tensor]:
+    """Phase 1, sender: for each owner the largest entries of v leave it.
+
+    Returns:
+        Indices int32 that count an owner's entries, and values as they travel; both of shape (N, s).
+    """
     plan, buffer, groups = item.plan, item.buffer, item.groups
+    assert plan.layout is not None
+    num_owners, share = plan.num_ranks, plan.layout.count
     item.contribution = Contribution.empty(buffer)
     for slot in plan.sparse:
         slot.tracked.memory.sit_out_()
@@ -87,42 +104,56 @@ def _contribute(item: InFlight, num_owners: int, share: int) -> tuple[Tensor, Te
     return indices, values
 
 
-def _through_owners(item: InFlight, channels: Channels, messages: Tensor, sent: Tensor) -> None:
-    """The collectives of both phases, and what lies between them."""
+def pass_on(item: InFlight, received: Tensor, rank: int) -> Tensor | None:
+    """Phases 1 and 2, owner: adds up what came in, keeps the small sums, and makes the payload with the large ones.
+
+    Args:
+        item: The bucket.
+        received: The messages of all ranks, in rank order, uint8, shape (N, bytes).
+        rank: Which owner this is.
+
+    Returns:
+        The payload, uint8, 1-D, or None if some rank's gradient was not finite: all ranks see that, and stop here.
+
+    Raises:
+        DesyncError: The ranks are not in the same step.
+    """
     plan, groups = item.plan, item.groups
-    assert channels.phased is not None
     assert plan.layout is not None
     assert plan.returned is not None
-    received = all_to_all(messages, channels.phased)
     item.headers = [plan.layout.unpack_header(message) for message in received]
     check_steps([header.step for header in item.headers], item.header.step)
     if nonfinite_reports(plan, item.headers):
-        return  # every rank has read the same headers: none goes on to the second phase
-    # 1. What this rank owns, from everybody.
-    rank, num_ranks = channels.world.rank(), plan.num_ranks
+        return None
     owned = torch.zeros(
-        -(-(plan.sparse_numel - rank) // num_ranks),
+        -(-(plan.sparse_numel - rank) // plan.num_ranks),
         dtype=torch.promote_types(plan.value_dtype, torch.float32),
-        device=messages.device,
+        device=received.device,
     )
     for indices, values in zip(*plan.layout.unpack(received), strict=True):
         ops.scatter_add_(owned, indices.contiguous(), values.contiguous())
     for begin, end in _compact_ranges(groups, unused_slots(plan, item.headers)):
-        owned[_first_owned(begin, rank, num_ranks) : _first_owned(end, rank, num_ranks)] = 0
-    # 2. The largest sums go to all, the rest stays with the owner.
+        owned[_first_owned(begin, rank, plan.num_ranks) : _first_owned(end, rank, plan.num_ranks)] = 0
     largest, at = ops.topk_abs(owned, plan.returned.count)
     values, error = round_to_wire(largest, plan.value_dtype)
     owned[at.long()] = 0 if error is None else error
-    _keep(groups, owned, rank, num_ranks)
-    payload = plan.returned.pack(Header(step=item.header.step), at, values)
-    gathered, done = all_gather(payload, channels.phased)
-    done.wait()
-    indices, values = plan.returned.unpack(gathered)
-    updated = _compact(indices)
-    # 3. Momentum is forgotten only where an entry of this rank has got through.
-    mine = _compact(sent)
-    _mask(groups, mine[torch.isin(mine, updated)])
-    in_bucket = groups.compact_to_bucket(updated.view(-1)).to(torch.int32)
+    _keep(groups, owned, rank, plan.num_ranks)
+    return plan.returned.pack(Header(step=item.header.step), at, values)
+
+
+def finish(item: InFlight, gathered: Tensor, sent: Tensor) -> None:
+    """Phase 3: forgets momentum only where an entry of this rank has got through, and hands the sums to the decoder.
+
+    Args:
+        item: The bucket.
+        gathered: The payloads of all owners, uint8, shape (N, bytes).
+        sent: The indices that `contribute` returned.
+    """
+    assert item.plan.returned is not None
+    indices, values = item.plan.returned.unpack(gathered)
+    updated, mine = _compact(indices), _compact(sent)
+    _mask(item.groups, mine[torch.isin(mine, updated)])
+    in_bucket = item.groups.compact_to_bucket(updated.view(-1)).to(torch.int32)
     item.arrived = [(in_bucket, values.reshape(-1))]
 
 
