@@ -89,12 +89,8 @@ def _settle(item: InFlight, reduced: Tensor, update: Tensor, unused: frozenset[S
 
 
 def _settle_group(group: Group, averaged: list[Tensor], error: Tensor | None, update: Tensor) -> None:
-    held_back = group.slots[0].tracked.memory.holds_back
-    group.memory.holds_back = held_back
-    group.scatter_(update, group.memory.settle_(averaged, error))
-    if held_back:
-        for slot in group.slots:
-            slot.tracked.memory.holds_back = group.memory.holds_back
+    group.scatter_(update, group.memory_now().settle_(averaged, error))
+    group.note()
 
 
 def _settle_one_by_one(

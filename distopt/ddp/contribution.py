@@ -63,9 +63,8 @@ def select(plan: BucketPlan, groups: Groups, gradients: Tensor) -> tuple[Tensor,
             values, error = round_to_wire(values, plan.value_dtype)
             if error is not None:
                 group.memory.give_back_(group.to_memory(indices), error)
+        group.note()
         chosen.append((indices, values))
-    for slot in plan.sparse:
-        slot.tracked.memory.sit_out_()  # the joined memory has noted it, each of its parts must too
     if len(chosen) == 1:
         return chosen[0]
     indices = torch.cat([indices for indices, _ in chosen])
@@ -77,7 +76,7 @@ def select(plan: BucketPlan, groups: Groups, gradients: Tensor) -> tuple[Tensor,
 def add_dense_part(plan: BucketPlan, groups: Groups, buffer: Tensor, made: Contribution) -> None:
     """Fills in what is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype."""
     share = 1.0 / plan.num_ranks
-    parts = [part for group in groups.whole for part in group.memory.outgoing(group.gather(buffer))]
+    parts = [part for group in groups.whole for part in group.memory_now().outgoing(group.gather(buffer))]
     in_place = len(parts) == 1 and parts[0].data_ptr() == buffer.data_ptr() and parts[0].numel() == buffer.numel()
     if in_place and plan.dense_dtype == buffer.dtype:
         made.dense = buffer.mul_(share)

@@ -31,6 +31,19 @@ class Group:
         self._device = device
         self._is_one_stretch = slots[-1].stop - slots[0].start == self.numel
 
+    def memory_now(self) -> Memory:
+        """The joined memory, with what the slots' own have noted since."""
+        own = self.slots[0].tracked.memory
+        self.memory.holds_back, self.memory.owes = own.holds_back, own.owes
+        return self.memory
+
+    def note(self) -> None:
+        """Lets the slots' own memories know what the joined one has noted."""
+        noted, own = self.memory, self.slots[0].tracked.memory
+        if (noted.holds_back, noted.owes) != (own.holds_back, own.owes):
+            for slot in self.slots:
+                slot.tracked.memory.holds_back, slot.tracked.memory.owes = noted.holds_back, noted.owes
+
     @cached_property
     def segments(self) -> Tensor:
         """The table for `Memory.select_`."""
@@ -95,7 +108,7 @@ class Groups:
         self.all: list[Group] = []
         for slots in plan.groups:
             memories = [slot.tracked.memory for slot in slots]
-            memory, moved = type(memories[0]).joined(memories)
+            memory, moved = type(memories[0]).joined(memories, with_v=plan.keeps_of(slots[0]))
             self.moved |= moved
             self.all.append(Group(slots, memory, device))
         self.sparse = [group for group in self.all if group.count]

@@ -220,8 +220,8 @@ class CommHook:
                 "changing the model"
             ) from error
         densities = tuple(self.density_of(entry) for entry in entries)
-        num_outgoing = tuple(entry.memory.num_outgoing for entry in entries)
-        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, num_outgoing)
+        fates = tuple((entry.memory.num_outgoing, entry.memory.owes) for entry in entries)
+        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, fates)
         if key not in self._plans:
             if len(self._plans) > 64 + 4 * len(self._tracked):
                 self._plans.clear()  # warm-up stages and rebuilt buckets leave old ones behind

@@ -26,10 +26,12 @@ class Memory(ABC):
     Attributes:
         per_rank: Names of the attributes that hold this rank's tensors (each flat, or None where not needed).
         holds_back: Whether there was a sparse step since the last dense one, on any rank: the same on all.
+        owes: Whether v may hold something: after a sparse step or where a dense wire has rounded; the same on all.
     """
 
     per_rank: tuple[str, ...] = ()
     holds_back: bool = False
+    owes: bool = False
 
     @property
     def num_outgoing(self) -> int:
@@ -50,22 +52,29 @@ class Memory(ABC):
         for name, tensor in self.tensors().items():
             tensor.copy_(snapshot[name])
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Memories of equal kind can be joined: of one class, with the same settings, tensors and fate."""
-        tensors = tuple((name, tensor.dtype, tensor.device) for name, tensor in self.tensors().items())
-        return (type(self), self.num_outgoing, tensors)
+    def needed(self, *, with_v: bool) -> dict[str, Tensor]:
+        """The tensors that a step works on: v only if something is to be kept, or if v owes something."""
+        if with_v or self.owes:
+            return self.tensors()
+        return {name: tensor for name, tensor in self.tensors().items() if name != "v"}
+
+    def kind(self, *, with_v: bool) -> tuple[object, ...]:
+        """Memories of equal kind can be joined for such a step: of one class, with the same settings and tensors."""
+        tensors = ((name, tensor.dtype, tensor.device) for name, tensor in self.needed(with_v=with_v).items())
+        return (type(self), self.num_outgoing, self.owes, *tensors)
 
     @classmethod
-    def joined(cls, memories: Sequence[Self]) -> tuple[Self, bool]:
-        """One memory over several of equal kind, whose tensors become neighbours in the order given.
+    def joined(cls, memories: Sequence[Self], *, with_v: bool) -> tuple[Self, bool]:
+        """One memory over several of equal kind, whose needed tensors become neighbours in the order given.
 
         Returns:
             The memory (its tensors and theirs share memory from now on), and whether tensors had to be moved.
         """
         whole = copy.copy(memories[0])
-        moved = False
         for name in memories[0].tensors():
+            setattr(whole, name, None)  # what is not needed is not joined
+        moved = False
+        for name in memories[0].needed(with_v=with_v):
             parts = [getattr(memory, name) for memory in memories]
             flat = _neighbours(parts)
             if flat is None:
@@ -96,7 +105,7 @@ class Memory(ABC):
 
     def sit_out_(self) -> None:
         """Notes a sparse step to which this rank contributed nothing while others did."""
-        self.holds_back = True
+        self.holds_back = self.owes = True
 
     @abstractmethod
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
@@ -109,6 +118,15 @@ class Memory(ABC):
     @abstractmethod
     def mask_(self, positions: Tensor) -> None:
         """Forgets the momentum of entries that have been sent, if it has one and does so; `positions` int64."""
+
+    def _keep_only_(self, error: Tensor | None) -> None:
+        """Ends a dense step for v: all of it has gone out but for what rounding cut off."""
+        held: Tensor | None = getattr(self, "v", None)
+        if held is not None and error is not None:
+            held.copy_(error)
+        elif held is not None and self.owes:
+            held.zero_()
+        self.owes = error is not None
 
     @abstractmethod
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
@@ -176,7 +194,7 @@ class ErrorFeedback(Memory):
     def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
-        self.holds_back = True
+        self.holds_back = self.owes = True
         return ops.ef_sparsify_segments_(gradient, self.v, segments, count)
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
@@ -194,11 +212,11 @@ class ErrorFeedback(Memory):
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
-        return [gradient if self.v is None else gradient + self.v]
+        return [gradient + self.v if self.owes and self.v is not None else gradient]
 
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """See `Memory.settle_`."""
-        _replace_(self.v, error)
+        self._keep_only_(error)
         self.holds_back = False
         return averaged[0]
 
@@ -240,10 +258,9 @@ class MomentumCorrection(Memory):
         self.u = torch.zeros(numel, dtype=dtype, device=device)
         self.v = torch.zeros(numel, dtype=dtype, device=device) if residual else None
 
-    @property
-    def kind(self) -> tuple[object, ...]:
+    def kind(self, *, with_v: bool) -> tuple[object, ...]:
         """See `Memory.kind`."""
-        return (*super().kind, self.momentum, self.nesterov, self.masking)
+        return (*super().kind(with_v=with_v), self.momentum, self.nesterov, self.masking)
 
     @property
     def num_outgoing(self) -> int:
@@ -257,7 +274,7 @@ class MomentumCorrection(Memory):
     def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`."""
         assert self.v is not None
-        self.holds_back = True
+        self.holds_back = self.owes = True
         return ops.dgc_sparsify_segments_(
             gradient,
             self.u,
@@ -287,7 +304,7 @@ class MomentumCorrection(Memory):
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         """See `Memory.outgoing`."""
         if not self.holds_back:
-            return [gradient if self.v is None else gradient + self.v]
+            return [gradient + self.v if self.owes and self.v is not None else gradient]
         assert self.v is not None
         if self.nesterov:
             velocity = (self.u + gradient) * self.momentum
@@ -297,7 +314,7 @@ class MomentumCorrection(Memory):
 
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """See `Memory.settle_`."""
-        _replace_(self.v, error)
+        self._keep_only_(error)
         if self.holds_back:
             self.u.copy_(averaged[1])
             self.holds_back = False
@@ -317,8 +334,3 @@ def _neighbours(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         end += part.numel()
     return parts[0].as_strided((end - parts[0].storage_offset(),), (1,))
-
-
-def _replace_(held: Tensor | None, error: Tensor | None) -> None:
-    if held is not None:
-        held.zero_() if error is None else held.copy_(error)

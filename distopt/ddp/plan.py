@@ -139,8 +139,12 @@ class BucketPlan:
         """The slots by fate (whole or sparse) and kind of memory: each group is handled in one call."""
         found: dict[tuple[object, ...], list[Slot]] = {}
         for slot in self.slots:
-            found.setdefault((bool(slot.k), slot.num_outgoing, slot.tracked.memory.kind), []).append(slot)
+            found.setdefault((bool(slot.k), slot.tracked.memory.kind(with_v=self.keeps_of(slot))), []).append(slot)
         return tuple(tuple(slots) for slots in found.values())
+
+    def keeps_of(self, slot: Slot) -> bool:
+        """Whether something of this slot's gradient may stay behind: unsent entries, or what a 16-bit wire cuts off."""
+        return bool(slot.k) or self.dense_dtype.itemsize < torch.float32.itemsize
 
     @cached_property
     def dense_sections(self) -> tuple[DenseSection, ...]:

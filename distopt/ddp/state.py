@@ -43,6 +43,7 @@ def collect(tracked: Sequence[TrackedParameter], rank: int) -> dict[str, Any]:
             "decay": decays,
             "taken_over": {entry.name: dataclasses.asdict(entry.hyperparameters) for entry in tracked},
             "holds_back": {entry.name: entry.memory.holds_back for entry in tracked},
+            "owes": {entry.name: entry.memory.owes for entry in tracked},
             "tensors": {entry.name: " ".join(entry.memory.tensors()) for entry in tracked},
         },
     }
@@ -138,6 +139,7 @@ def _restore_replicated(entry: TrackedParameter, replicated: Mapping[str, Any]) 
         else:
             buffer.zero_()  # saved without weight decay: its momentum starts anew
     entry.memory.holds_back = bool(replicated["holds_back"][entry.name])
+    entry.memory.owes = bool(replicated["owes"][entry.name])
     if "v" in replicated["tensors"][entry.name].split():  # also where a parameter sent sparse is now sent whole
         entry.memory.make_room()
 
