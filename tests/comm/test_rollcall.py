@@ -160,5 +160,5 @@ def test_how_a_process_ends_is_told(tmp_path, ending, timeout_s, said):
 
 @pytest.mark.parametrize("in_script", [False, True], ids=["multiprocessing", "script"])
 def test_a_process_that_ends_well_is_not_missed(tmp_path, in_script):
-    heard = what_rank_0_hears(str(tmp_path / "store"), 1.0, "", in_script=in_script)
+    heard = what_rank_0_hears(str(tmp_path / "store"), 5.0, "", in_script=in_script)
     assert heard == ([1], "None")
