@@ -118,7 +118,10 @@ class Peers:
 
     def _lost(self, error: PeerLostError) -> None:
         self.error = error
-        leak_process_groups()
+        try:
+            leak_process_groups()
+        except Exception:  # it asks torch for what is not public
+            _log.exception("process groups could not be kept: the process may hang when it ends")
         with self._lock:
             for waiting in self._waiting:
                 waiting.set()

@@ -54,7 +54,7 @@ def on_a_firewall(deaf: int) -> tuple[bool, str]:
     try:
         beat, reason = open_heartbeat(dist.group.WORLD, CPU, timeout_s=100.0, on_loss=lambda error: None)
     finally:
-        rollcall.Heartbeat, rollcall._REACH_S = original, 5.0
+        rollcall.Heartbeat, rollcall._REACH_S = original, 10.0
     return beat is None, reason
 
 

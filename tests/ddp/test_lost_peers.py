@@ -237,7 +237,7 @@ def on_a_firewall():
     try:
         return on_attaching(distopt.DGC())
     finally:
-        rollcall._own_address, rollcall._REACH_S, rollcall.Heartbeat._send = original, 5.0, sendto
+        rollcall._own_address, rollcall._REACH_S, rollcall.Heartbeat._send = original, 10.0, sendto
 
 
 def test_where_datagrams_do_not_get_through_this_is_said_once(ranks):
