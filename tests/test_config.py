@@ -39,6 +39,7 @@ GOOD = {
     "reduction": [None, 4e9],
     "residuals": ["fp32", "bf16"],
     "nonfinite": ["error", "skip"],
+    "peer_timeout": [0, 0.5, 120],
     "skip": [(), ("*.bias",), ("head.*", "emb.?")],
     "densities": [{}, {"fc.*": 0.01}, {"a.b": 1, "*": 0.5}],
     "masking": [True, False],
@@ -83,6 +84,10 @@ BAD = {
     "ranks_per_node": [(value, "must be an integer of at least 1", "ask the launcher") for value in (0, 1.5, "8")],
     "residuals": [(value, "must be one of 'fp32', 'bf16'") for value in ("fp16", None)],
     "nonfinite": [(value, "must be one of 'error', 'skip'") for value in ("ignore", None)],
+    "peer_timeout": [
+        (value, "must be a number of seconds of at least 0", "0 to not watch the other ranks")
+        for value in (-1.0, math.inf, math.nan, "20", True, False, None)
+    ],
     "weight_decay": [(value, "must be one of 'momentum', 'local'") for value in (1e-4, 0, None, "none")],
     "masking": [(value, "must be True or False") for value in (0, 1, "yes", None)],
     "stage": [

@@ -24,9 +24,9 @@ EXCHANGES = ("auto", "allgather", "balanced", "hierarchical", "dense")
 
 
 def check_peer_timeout(value: object) -> None:
-    """Raises `ConfigError` unless value is None or a positive number of seconds."""
-    if value is not None:
-        rule, remedy = "a number of seconds above 0, or None", "use 120.0, or None to not watch the other ranks"
+    """Raises `ConfigError` unless value is a number of seconds, or 0 for no watch (not None: TOML has none)."""
+    if value != 0 or isinstance(value, bool):
+        rule, remedy = "a number of seconds of at least 0", "use 120.0, or 0 to not watch the other ranks"
         check_number("peer_timeout", value, rule=rule, remedy=remedy, low=0.0, high=1e6)
 
 
@@ -35,11 +35,11 @@ class DDPAlgorithm(Algorithm):
 
     Attributes:
         corrects_momentum: Whether the algorithm replaces the momentum of SGD (and refuses other optimizers).
-        peer_timeout: Seconds of silence after which another rank is lost; None to not watch the others.
+        peer_timeout: Seconds of silence after which another rank is lost; 0 to not watch the others.
     """
 
     corrects_momentum: bool = False
-    peer_timeout: float | None = 120.0
+    peer_timeout: float = 120.0
 
     def attach(
         self,
@@ -97,7 +97,7 @@ class CompressedAlgorithm(DDPAlgorithm):
     nonfinite: str = "error"  # "skip" leaves steps with NaN or Inf out on all ranks, at the price of overlap
     skip: tuple[str, ...] = ()  # name patterns of parameters to send whole: more exact, more bytes
     densities: Mapping[str, float] = FrozenMapping()  # name pattern to a density of its own; the first match counts
-    peer_timeout: float | None = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it
+    peer_timeout: float = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it; 0: no watch
 
     def __post_init__(self) -> None:
         check_density("density", self.density)

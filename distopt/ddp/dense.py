@@ -19,7 +19,7 @@ from distopt.ddp.policy import StepPolicy, WirePolicy
 class Dense(DDPAlgorithm, name="dense"):
     """Average every gradient whole. NaN and Inf pass through, as in DDP."""
 
-    peer_timeout: float | None = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it
+    peer_timeout: float = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it; 0: no watch
 
     def __post_init__(self) -> None:
         check_peer_timeout(self.peer_timeout)

@@ -42,7 +42,6 @@ class Exchange:
     ) -> None:
         self.failure: DistoptError | None = None
         self._explain = explain
-        self._aborted = False
         self.nonfinite: list[NonFiniteReport] = []
         self._channels = channels
         self._statistics = statistics
@@ -73,13 +72,7 @@ class Exchange:
             began=time.perf_counter(),
         )
         with self._lock:
-            aborted = self._aborted
-            if not aborted:
-                self._open.add(item)
-        if aborted:
-            item.buffer.zero_()
-            item.complete()
-            return item.future
+            self._open.add(item)
         self._statistics.add(
             bytes_sent=plan.sent_bytes,
             bytes_dense=4 * plan.numel,
@@ -101,7 +94,6 @@ class Exchange:
         """Completes every open bucket with zeros, and all that come, whatever their collectives do; keeps the error."""
         self.failure = self.failure or error
         with self._lock:
-            self._aborted = True
             items, self._open = self._open, set()
         for item in items:
             item.buffer.zero_()

@@ -4,7 +4,7 @@ The heartbeat says who is gone. Then the collectives under way never complete, s
 itself and the error is raised at `optimizer.step()`; where the main thread waits in a collective that is not ours, the
 process ends with the error printed.
 
-Limits: as long as no peer is lost this costs a datagram per second; `peer_timeout=None` leaves it out.
+Limits: as long as no peer is lost this costs a datagram per second; `peer_timeout=0` leaves it out.
 """
 
 import logging
@@ -44,12 +44,19 @@ class Peers:
         self,
         group: dist.ProcessGroup,
         device: torch.device,
-        timeout_s: float | None,
+        timeout_s: float,
         fail: Callable[[DistoptError], None],
     ) -> None:
-        """Starts the heartbeats; `fail`, a method, is called in a thread when ranks are lost. Collective."""
-        if timeout_s is None:
-            self._why_off = "peer_timeout is None"
+        """Starts the heartbeats, unless `timeout_s` is 0. Collective.
+
+        Args:
+            group: The ranks.
+            device: Where the group's backend wants its tensors.
+            timeout_s: A rank that is silent for so long is lost.
+            fail: A method that ends all waiting of its object, which is not kept alive; called in a thread.
+        """
+        if not timeout_s:
+            self._why_off = "peer_timeout is 0"
         elif group.size() > 1:
             self._timeout_s = timeout_s
             self._fail = weakref.WeakMethod(fail)
@@ -111,7 +118,10 @@ class Peers:
 
     def _lost(self, error: PeerLostError) -> None:
         self.error = error
-        leak_process_groups()
+        try:
+            leak_process_groups()
+        except Exception:  # it asks torch for what is not public
+            _log.exception("process groups could not be kept: the process may hang when it ends")
         with self._lock:
             for waiting in self._waiting:
                 waiting.set()
