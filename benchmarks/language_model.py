@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--algorithms", nargs="+", choices=list(LABELS), default=["dense", "dgc"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the result does not depend on it")
     parser.add_argument("--text", type=Path, help="as the example takes it")
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="folder of the single trainings")
     parser.add_argument("--results", type=Path, help="folder for language_model.json and .png; default: --out")
@@ -107,10 +109,10 @@ def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     algorithms = ["dense", *(name for name in options.algorithms if name != "dense")]
-    trained: dict[str, list[dict]] = {algorithm: [] for algorithm in algorithms}
-    for seed in range(options.seeds):
-        for algorithm in algorithms:
-            trained[algorithm].append(train(algorithm, seed, options))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        pairs = [(algorithm, seed) for seed in range(options.seeds) for algorithm in algorithms]
+        figures = dict(zip(pairs, pool.map(lambda pair: train(*pair, options), pairs), strict=True))
+    trained = {algorithm: [figures[algorithm, seed] for seed in range(options.seeds)] for algorithm in algorithms}
     summary = summarise(trained)
     first = trained["dense"][0]
     folder = options.results or options.out

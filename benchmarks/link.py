@@ -43,11 +43,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=sorted(TASKS), default=list(TASKS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--rounds", type=int, default=8, help="turns of each mode")
-    parser.add_argument("--no-training", action="store_true", help="measure steps only")
+    parser.add_argument(
+        "--training", choices=("with", "without", "only"), default="with",
+        help="to the target: with the steps, without it, or only it, added to the steps that --json has already",
+    )  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="DIR", help="also write a trace of DGC, and how much overlaps")
     parser.add_argument("--deadline", type=int, default=900, help="seconds for one cell")
     parser.add_argument("--json", type=Path, help="write the results here, keeping the cells of other runs")
     options = parser.parse_args()
+    if options.training == "only" and not (options.json and options.json.exists()):
+        parser.error("--training only adds to the steps in --json FILE; measure those first (--training without)")
     if os.geteuid() != 0:
         parser.error("network namespaces need root; use sudo, or benchmarks/step.py for loopback")
     return options
@@ -89,7 +94,7 @@ def _error_in(lines: list[str]) -> str:
 def measure(hosts: int, rate: str, model: str, options: argparse.Namespace) -> dict:
     """One cell of the table."""
     shared = [name for name in options.modes if not MODES[name].alone]
-    trains = not options.no_training and rate == options.rates[0]
+    trains = options.training == "with" and rate == options.rates[0]
     trace = options.profile / f"trace-{model}-{hosts}-{rate}.json" if options.profile else None
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +122,17 @@ def measure(hosts: int, rate: str, model: str, options: argparse.Namespace) -> d
     cell["measured_at"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     cell["machine"], cell["versions"] = machine(), versions()
     return cell
+
+
+def add_training(cell: dict, options: argparse.Namespace) -> None:
+    """Trains to the target in the cell's modes."""
+    names = [name for name in options.modes if "step_ms" in cell["modes"].get(name, {}) and name != "compute"]
+    spec = {"task": cell["model"], "modes": [], "rounds": 0, "train": names, "trace": None}
+    result = job(cell["hosts"], cell["rate"], spec, options.deadline)
+    if "failed" in result:
+        raise SystemExit(f"training of {cell['model']}: {result['failed']}\n" + "\n".join(result["log"]))
+    for name in names:
+        cell["modes"][name]["training"] = result["modes"][name]["training"]
 
 
 def time_to_target(cell: dict, name: str, cells: dict) -> str:
@@ -169,7 +185,11 @@ def main() -> None:
     for hosts in options.hosts:
         for rate in options.rates:
             for model in options.models:
-                cell = cells[hosts, rate, model] = measure(hosts, rate, model, options)
+                if options.training == "only":
+                    cell = cells[hosts, rate, model]
+                    add_training(cell, options)
+                else:
+                    cell = cells[hosts, rate, model] = measure(hosts, rate, model, options)
                 print(table(cell, cells), end="\n\n", flush=True)
                 if options.json:
                     options.json.parent.mkdir(parents=True, exist_ok=True)

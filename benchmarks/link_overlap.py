@@ -1,8 +1,9 @@
 """How much of an exchange the backward pass hides, from the spans of torch.profiler.
 
 An exchange is under way while a collective runs (gloo's own spans) or a bucket is exchanged by a thread of its own
-(`distopt::exchange`). Backward computes while the autograd engine evaluates a node, without the time that it spends in
-the communication hook. The overlapped fraction is the part of the first during which the second goes on.
+(`distopt::exchange`). Backward computes while the autograd engine evaluates a node other than AccumulateGrad, where DDP
+copies gradients and calls the communication hook. The overlapped fraction is the part of the first during which the
+second goes on.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,13 +19,8 @@ _SPANS = ("distopt::", "gloo:")
 def overlap(events: Iterable[Any]) -> dict[str, Any]:
     """The overlapped fraction and the time of each span, ms, summed over the events (torch.profiler's)."""
     events = list(events)
-    nodes = _intervals(events, lambda name: name.startswith(_NODE))
-    hook = _intervals(
-        [event for event in events if event.thread in {e.thread for e in events if e.name.startswith(_NODE)}],
-        lambda name: name.startswith("distopt::"),
-    )
+    computing = _intervals(events, lambda name: name.startswith(_NODE) and "AccumulateGrad" not in name)
     exchanging = _intervals(events, lambda name: name.startswith(_EXCHANGES))
-    computing = _without(nodes, hook)
     hidden = _length(_both(exchanging, computing))
     spans: dict[str, float] = {}
     for event in events:
@@ -58,12 +54,6 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 def _both(first: list[Interval], second: list[Interval]) -> list[Interval]:
     pairs = ((max(a, c), min(b, d)) for a, b in first for c, d in second)
     return _union((begin, end) for begin, end in pairs if begin < end)
-
-
-def _without(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    for begin, end in second:
-        first = [part for a, b in first for part in ((a, min(b, begin)), (max(a, end), b)) if part[0] < part[1]]
-    return _union(first)
 
 
 def _length(intervals: Iterable[Interval]) -> float:

@@ -142,7 +142,7 @@ class Images(Task):
 
 
 class Text(Task):
-    """Next-character prediction by the LSTM of examples/lm_dgc.py, 16 sequences of 64 characters."""
+    """Next-character prediction by the LSTM of examples/lm_dgc.py, 16 sequences of 32 characters."""
 
     judged_by = "perplexity"
     target = 4.5
@@ -150,6 +150,7 @@ class Text(Task):
     clip = 0.5
     warmup_stage = 20
     batch = 16
+    hidden = 256
 
     def __init__(self) -> None:
         self.train_text, held_out, self.num_characters = lm_dgc.load_text(None)
@@ -157,7 +158,7 @@ class Text(Task):
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        return lm_dgc.LanguageModel(self.num_characters)
+        return lm_dgc.LanguageModel(self.num_characters, hidden=self.hidden)
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
         state = None

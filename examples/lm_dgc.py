@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 
-CHARACTERS = 64  # that the gradient flows back through
+CHARACTERS = 32  # that the gradient flows back through
 HELD_OUT = 0.05  # of the text, at its end
 BIBLE = ("bible", "-f", "gen1:1-rev22:21")
 
@@ -53,7 +53,7 @@ def load_text(path):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, num_characters, embedding=64, hidden=128):
+    def __init__(self, num_characters, embedding=64, hidden=96):
         super().__init__()
         self.embedding = nn.Embedding(num_characters, embedding)
         self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
@@ -96,8 +96,8 @@ def loss_of(scores, truth):
 
 
 def algorithm_from(options):
-    # 25%, 6%, 1.6%, 0.4%, each for 3% of the steps: the longer, the gentler
-    warmup = distopt.ddp.PaperWarmup(stage=max(1, round(0.03 * options.steps)))
+    # 25%, 6%, 1.6%, 0.4%, each for 5% of the steps: the longer, the gentler
+    warmup = distopt.ddp.PaperWarmup(stage=max(1, round(0.05 * options.steps)))
     if options.algorithm == "dgc":
         return distopt.DGC(density=options.density, warmup=warmup, clip=options.clip)
     if options.algorithm == "topk":
@@ -110,9 +110,9 @@ def parse_arguments():
     parser.add_argument("--text", type=Path, help="file to learn; default: the King James Bible, if it is installed")
     parser.add_argument("--algorithm", choices=("dense", "topk", "dgc"), default="dgc")
     parser.add_argument("--density", type=float, default=0.001, help="part of the gradient that is sent")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=16, help=f"sequences of {CHARACTERS} per rank and step")
-    parser.add_argument("--hidden", type=int, default=128, help="width of the LSTM")
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch-size", type=int, default=8, help=f"sequences of {CHARACTERS} per rank and step")
+    parser.add_argument("--hidden", type=int, default=96, help="width of the LSTM")
     parser.add_argument("--lr", type=float, default=1.0, help="at the start; falls to 0 along a cosine")
     parser.add_argument("--clip", type=float, default=0.5, help="largest norm of the whole gradient")
     parser.add_argument("--seed", type=int, default=0)
