@@ -5,6 +5,7 @@ from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
 from distopt.comm.heartbeat import Heartbeat
+from distopt.comm.lifetime import KeptUntilDone
 from distopt.comm.link import Link, LinkModel, measure_link
 from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
@@ -15,6 +16,7 @@ from distopt.comm.stopwatch import least_seconds
 __all__ = [
     "Channels",
     "Heartbeat",
+    "KeptUntilDone",
     "Link",
     "LinkModel",
     "Nodes",

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from distopt.comm.lifetime import KeptUntilDone
+
 _open: "weakref.WeakSet[SerialWorker]" = weakref.WeakSet()
 
 
@@ -29,6 +31,7 @@ class SerialWorker:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kept = KeptUntilDone()
         _open.add(self)
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -37,6 +40,7 @@ class SerialWorker:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 task()
+                self._kept.keep(task, self._device)
             return
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(self._tasks,), name="distopt-exchange", daemon=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distopt import ops
 from distopt.compress import Header
+from distopt.ddp.decay import apply_decay_
 from distopt.ddp.groups import Group
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.parameters import shaped_like
@@ -63,12 +64,18 @@ def write_update(item: InFlight) -> None:
         slot.of(update).zero_()  # DDP leaves p.grad alone, but the buffer may be p.grad
         if slot in item.snapshots:
             slot.tracked.memory.restore_(item.snapshots[slot])
-    for slot in plan.decayed:
-        if slot not in unused:
-            assert slot.tracked.decay is not None
-            # not the bucket's own view, which DDP makes row-major whatever order the memory is in
-            parameter = slot.tracked.parameter.detach()
-            slot.tracked.decay.apply_(slot.of(update), parameter, shaped_like(slot.of(update), parameter))
+    for slots in plan.decayed:
+        _decay([slot for slot in slots if slot not in unused] if unused else slots, update)
+
+
+def _decay(slots: Sequence[Slot], update: Tensor) -> None:
+    """Adds weight decay with the same settings to the updates of these slots."""
+    parameters = [slot.tracked.parameter.detach() for slot in slots]
+    # not the bucket's own views, which DDP makes row-major whatever order the memory is in
+    updates = [shaped_like(slot.of(update), parameter) for slot, parameter in zip(slots, parameters, strict=True)]
+    decays = [slot.tracked.decay for slot in slots if slot.tracked.decay is not None]
+    if decays:
+        apply_decay_(decays, updates, parameters)
 
 
 def _settle(item: InFlight, reduced: Tensor, update: Tensor, unused: frozenset[Slot]) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("distopt")
 
+_STEPS_PER_DEVICE_CHECK = 100
+
 
 class Attachment:
     """Made by `DGC(...).attach(model, optimizer)`; see there for arguments and errors. Also a context manager.

@@ -5,6 +5,8 @@ is added to the local gradient competes with it for the few entries sent. So dec
 `d = m d + wd p` and the update gains d (Nesterov: `d = m (d + wd p)`, the update gains `d + wd p`).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,19 +29,30 @@ class DecayMomentum:
             like.numel(), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
         )
 
-    def apply_(self, update: Tensor, parameter: Tensor, view: Tensor) -> None:
-        """Adds this step's decay to the update.
+    @property
+    def settings(self) -> tuple[float, float, bool]:
+        """Rate, momentum and form: those with equal ones can be applied together."""
+        return (self.rate, self.momentum, self.nesterov)
 
-        Args:
-            update: Flat, in the memory order of `view`; changed in place.
-            parameter: The parameter's values.
-            view: Any tensor of the parameter's shape that lies in memory as the update does (see `shaped_like`).
-        """
-        shaped = self.buffer.as_strided(view.shape, view.stride())
-        if self.nesterov:
-            shaped.add_(parameter, alpha=self.rate).mul_(self.momentum)
-            update.add_(self.buffer)
-            update.as_strided(view.shape, view.stride(), update.storage_offset()).add_(parameter, alpha=self.rate)
-        else:
-            shaped.mul_(self.momentum).add_(parameter, alpha=self.rate)
-            update.add_(self.buffer)
+
+def apply_decay_(decays: Sequence[DecayMomentum], updates: list[Tensor], parameters: list[Tensor]) -> None:
+    """Adds this step's decay to the updates of several parameters, in a few calls.
+
+    Args:
+        decays: All with the same settings.
+        updates: One each, of the parameter's shape, in whatever memory order; changed in place.
+        parameters: Their values; the buffers are read in the updates' memory order.
+    """
+    rate, momentum, nesterov = decays[0].settings
+    buffers = [
+        decay.buffer.as_strided(update.shape, update.stride()) for decay, update in zip(decays, updates, strict=True)
+    ]
+    if nesterov:
+        torch._foreach_add_(buffers, parameters, alpha=rate)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(updates, buffers)
+        torch._foreach_add_(updates, parameters, alpha=rate)
+    else:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, parameters, alpha=rate)
+        torch._foreach_add_(updates, buffers)

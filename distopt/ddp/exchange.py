@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.profiler import record_function
 
-from distopt.comm import Channels
+from distopt.comm import Channels, KeptUntilDone
 from distopt.compress import Header
 from distopt.ddp.arrival import NonFiniteReport, check_steps, nonfinite_reports, write_update
 from distopt.ddp.bucket import Bucket
@@ -48,6 +48,7 @@ class Exchange:
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._groups: dict[BucketPlan, Groups] = {}
         self._open: set[InFlight] = set()
+        self._kept = KeptUntilDone()
         self._lock = threading.Lock()
 
     def start(
@@ -144,6 +145,7 @@ class Exchange:
             self._complete(item, problem)
 
     def _complete(self, item: InFlight, error: Exception | None = None) -> None:
+        self._kept.keep(item, item.buffer.device)
         with self._lock:
             self._open.discard(item)
         item.complete(error)

@@ -46,6 +46,8 @@ class TrackedParameter:
 
 def is_dense_in_memory(tensor: Tensor) -> bool:
     """Whether the tensor's entries fill one stretch of memory, in whatever order."""
+    if tensor.is_contiguous():  # the usual case, and asked for every parameter in every step
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride != expected:

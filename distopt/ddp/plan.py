@@ -120,9 +120,13 @@ class BucketPlan:
         return tuple(slot for slot in self.slots if not slot.k)
 
     @cached_property
-    def decayed(self) -> tuple[Slot, ...]:
-        """The slots whose weight decay has a momentum of its own."""
-        return tuple(slot for slot in self.slots if slot.tracked.decay is not None)
+    def decayed(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots whose weight decay has a momentum of its own, those with equal settings together."""
+        found: dict[object, list[Slot]] = {}
+        for slot in self.slots:
+            if slot.tracked.decay is not None:
+                found.setdefault(slot.tracked.decay.settings, []).append(slot)
+        return tuple(tuple(slots) for slots in found.values())
 
     @cached_property
     def count(self) -> int:

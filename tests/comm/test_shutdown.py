@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt.ddp import exchange
+from distopt.ddp.routes import allgather
 
 SCRIPT = """
 import atexit, threading, time, weakref
@@ -35,8 +35,8 @@ def test_the_end_waits_for_callbacks_but_not_for_ever(seconds, found):
 
 def on_step() -> tuple[int, float]:
     awaited = []
-    original = exchange.await_at_exit
-    exchange.await_at_exit = lambda callback: awaited.append(callback.__name__)
+    original = allgather.await_at_exit
+    allgather.await_at_exit = lambda callback: awaited.append(callback.__name__)
     try:
         model = DistributedDataParallel(torch.nn.Linear(8, 8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -45,7 +45,7 @@ def on_step() -> tuple[int, float]:
             model(torch.ones(1, 8)).sum().backward()
             optimizer.step()
     finally:
-        exchange.await_at_exit = original
+        allgather.await_at_exit = original
     stats = attachment.stats()
     return len(awaited), stats["buckets_sparse"] + stats["buckets_dense"]
 
