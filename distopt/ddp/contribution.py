@@ -6,9 +6,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from distopt import ops
 from distopt.compress import round_to_wire
 from distopt.ddp.groups import Group, Groups
 from distopt.ddp.plan import BucketPlan
+
+
+class NonFiniteFound(Exception):  # noqa: N818  # a signal inside this family, not an error for users
+    """NaN or Inf has turned up while a gradient was taken in; `position` is that of the slot in the bucket."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,15 +59,27 @@ def zeros_for_dense_part(plan: BucketPlan, buffer: Tensor) -> Tensor:
     return torch.zeros(plan.dense_numel, dtype=plan.dense_dtype, device=buffer.device)
 
 
-def select(plan: BucketPlan, groups: Groups, gradients: Tensor) -> tuple[Tensor, Tensor]:
+def select(plan: BucketPlan, groups: Groups, gradients: Tensor, *, takes: bool = False) -> tuple[Tensor, Tensor]:
     """Takes the gradients in and takes out what is sent of the sparse slots.
+
+    Args:
+        plan: The bucket's.
+        groups: Its memories.
+        gradients: The bucket, shape (numel,).
+        takes: Whether gradients are checked and left as zeros on the way (CPU only): it saves two passes over them.
 
     Returns:
         Bucket positions, int32, ascending, and the values as they travel; both of shape (count,).
+
+    Raises:
+        NonFiniteFound: With `takes`: a gradient is not finite.
     """
     chosen = []
     for group in groups.sparse:
-        values, indices = group.memory.select_(gradients, group.segments, group.count)
+        if takes:
+            values, indices = take(plan, group, gradients, group.segments, group.count)
+        else:
+            values, indices = group.memory.select_(gradients, group.segments, group.count)
         if plan.route != "dense":  # there the share of the average is rounded, later
             values, error = round_to_wire(values, plan.value_dtype)
             if error is not None:
@@ -73,8 +94,23 @@ def select(plan: BucketPlan, groups: Groups, gradients: Tensor) -> tuple[Tensor,
     return indices, values[order]
 
 
-def add_dense_part(plan: BucketPlan, groups: Groups, buffer: Tensor, made: Contribution) -> None:
-    """Fills in what is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype."""
+def take(plan: BucketPlan, group: Group, gradients: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`Memory.take_` for a group; raises `NonFiniteFound` with the first of its slots that is not finite."""
+    values, indices, bad = group.memory.take_(gradients, segments, count)
+    number = int(bad)
+    if number >= 0:
+        raise NonFiniteFound(plan.slots.index(group.slots[number]))
+    return values, indices
+
+
+def add_dense_part(
+    plan: BucketPlan, groups: Groups, buffer: Tensor, made: Contribution, *, checks: bool = False
+) -> None:
+    """Fills in what is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype.
+
+    Raises:
+        NonFiniteFound: With `checks`: a gradient that goes whole is not finite.
+    """
     share = 1.0 / plan.num_ranks
     parts = [part for group in groups.whole for part in group.memory_now().outgoing(group.gather(buffer))]
     in_place = len(parts) == 1 and parts[0].data_ptr() == buffer.data_ptr() and parts[0].numel() == buffer.numel()
@@ -87,10 +123,20 @@ def add_dense_part(plan: BucketPlan, groups: Groups, buffer: Tensor, made: Contr
         parts += [group.gather(scattered) for group in groups.sparse]
     if not parts:
         return
+    if checks:
+        _check_whole(plan, groups, buffer)
     whole = torch.cat([part.to(torch.promote_types(part.dtype, plan.dense_dtype)) for part in parts]).mul_(share)
     made.dense, error = round_to_wire(whole, plan.dense_dtype, summands=plan.num_ranks)
     if error is not None:
         _remember_errors(plan, groups, error.mul_(plan.num_ranks), made)
+
+
+def _check_whole(plan: BucketPlan, groups: Groups, buffer: Tensor) -> None:
+    if all(ops.all_finite(group.gather(buffer)) for group in groups.whole):
+        return
+    for position, slot in enumerate(plan.slots):
+        if not slot.k and not ops.all_finite(slot.of(buffer)):
+            raise NonFiniteFound(position)
 
 
 def _remember_errors(plan: BucketPlan, groups: Groups, error: Tensor, made: Contribution) -> None:

@@ -125,7 +125,9 @@ class CommHook:
             self._open_buckets += 1
             self._saw_last = bucket.is_last()
         if not self.deferred:
-            bad = first_nonfinite(bucket) if self._policy.nonfinite == "error" else None
+            # Where one pass takes the gradients in, it also finds what is not finite.
+            checks = self._policy.nonfinite == "error" and not plan.takes_gradients(bucket.buffer().device)
+            bad = first_nonfinite(bucket) if checks else None
             return self._send(bucket, plan, nonfinite=0 if bad is None else bad + 1)
         future = future_for(bucket)
         self._waiting.append((bucket, plan, future))

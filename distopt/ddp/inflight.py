@@ -62,6 +62,19 @@ class InFlight:
             if slot.k:
                 self.snapshots[slot] = slot.tracked.memory.snapshot()
 
+    @property
+    def takes(self) -> bool:
+        """Whether gradients are checked and cleared in the pass that takes them in."""
+        return self.plan.takes_gradients(self.buffer.device)
+
+    def found_nonfinite(self, position: int) -> None:
+        """Notes in the header that the gradient of the slot at this position must not be used."""
+        self.header = dataclasses.replace(self.header, nonfinite=position + 1)
+
+    def gradients_are_taken(self) -> None:
+        """Notes that the buffer's sparse slots are zero, and whole ones no longer needed."""
+        self._cleared = self.update is self.buffer
+
     def clear_update(self) -> None:
         """Sets the update to zero, once. From then on the gradient is gone."""
         if not self._cleared:

@@ -108,6 +108,15 @@ class Memory(ABC):
         self.holds_back = self.owes = True
 
     @abstractmethod
+    def take_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `select_`, on the CPU, but leaves zeros in `gradient` and takes nothing that is not finite.
+
+        Returns:
+            Values and positions, and, int64 and 0-dimensional, the number of the first segment with NaN or Inf, or -1:
+            see `distopt.ops.dgc_take_segments_`.
+        """
+
+    @abstractmethod
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """Takes back what rounding cut off the values just sent; `indices` are positions in this memory."""
 
@@ -149,6 +158,10 @@ class NoMemory(Memory):
 
     def select_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Memory.select_`; never called, because plain averaging has no sparse step."""
+        raise NotImplementedError("plain averaging sends everything")
+
+    def take_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Memory.take_`."""
         raise NotImplementedError("plain averaging sends everything")
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
@@ -196,6 +209,12 @@ class ErrorFeedback(Memory):
         assert self.v is not None
         self.holds_back = self.owes = True
         return ops.ef_sparsify_segments_(gradient, self.v, segments, count)
+
+    def take_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Memory.take_`."""
+        assert self.v is not None
+        self.holds_back = self.owes = True
+        return ops.ef_take_segments_(gradient, self.v, segments, count)
 
     def give_back_(self, indices: Tensor, error: Tensor) -> None:
         """See `Memory.give_back_`."""
@@ -276,6 +295,21 @@ class MomentumCorrection(Memory):
         assert self.v is not None
         self.holds_back = self.owes = True
         return ops.dgc_sparsify_segments_(
+            gradient,
+            self.u,
+            self.v,
+            segments,
+            count,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            masking=self.masking,
+        )
+
+    def take_(self, gradient: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Memory.take_`."""
+        assert self.v is not None
+        self.holds_back = self.owes = True
+        return ops.dgc_take_segments_(
             gradient,
             self.u,
             self.v,

@@ -99,6 +99,10 @@ class BucketPlan:
     place: Place
     predicted_s: float = math.nan
 
+    def takes_gradients(self, device: torch.device) -> bool:
+        """Whether sparse gradients are used only once, by this rank, on the CPU: one pass checks and clears them too."""
+        return self.route in ("allgather", "balanced") and device.type == "cpu"
+
     @property
     def num_ranks(self) -> int:
         """Ranks in the exchange."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from distopt.comm import Channels, all_gather, all_reduce_sum, await_at_exit
-from distopt.ddp.contribution import Contribution, add_dense_part, nothing, select
+from distopt.ddp.contribution import Contribution, NonFiniteFound, add_dense_part, nothing, select
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.statistics import Statistics
 
@@ -66,11 +66,21 @@ def _add_up(shares: Tensor) -> Tensor:
 
 
 def _contribute(item: InFlight) -> Contribution:
+    plan, groups, buffer = item.plan, item.groups, item.buffer
     if item.header.nonfinite:
-        return nothing(item.plan, item.buffer)
+        return nothing(plan, buffer)
     item.take_snapshots()
-    made = Contribution.empty(item.buffer)
-    if item.plan.count:
-        made.indices, made.values = select(item.plan, item.groups, item.buffer)
-    add_dense_part(item.plan, item.groups, item.buffer, made)
-    return made
+    made = Contribution.empty(buffer)
+    if not item.takes:
+        if plan.count:
+            made.indices, made.values = select(plan, groups, buffer)
+        add_dense_part(plan, groups, buffer, made)
+        return made
+    try:
+        add_dense_part(plan, groups, buffer, made, checks=True)
+        made.indices, made.values = select(plan, groups, buffer, takes=True)
+        item.gradients_are_taken()
+        return made
+    except NonFiniteFound as found:
+        item.found_nonfinite(found.position)
+        return nothing(plan, buffer)

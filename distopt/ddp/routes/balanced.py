@@ -27,7 +27,7 @@ from distopt import ops
 from distopt.comm import Channels, all_gather, all_reduce_sum, all_to_all
 from distopt.compress import Header, round_to_wire
 from distopt.ddp.arrival import check_steps, nonfinite_reports, unused_slots
-from distopt.ddp.contribution import Contribution, add_dense_part, zeros_for_dense_part
+from distopt.ddp.contribution import Contribution, NonFiniteFound, add_dense_part, take, zeros_for_dense_part
 from distopt.ddp.groups import Groups
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.plan import Slot
@@ -89,19 +89,36 @@ def contribute(item: InFlight) -> tuple[Tensor, Tensor]:
     item.contribution = Contribution.empty(buffer)
     for slot in plan.sparse:
         slot.tracked.memory.sit_out_()
+    if not item.header.nonfinite:
+        item.take_snapshots()
+        try:
+            _take_in(item)
+        except NonFiniteFound as found:
+            item.found_nonfinite(found.position)
     if item.header.nonfinite:
+        buffer.zero_()
         item.contribution.dense = zeros_for_dense_part(plan, buffer)
         indices = torch.arange(share, dtype=torch.int32, device=buffer.device).repeat(num_owners, 1)
         return indices, torch.zeros((num_owners, share), dtype=plan.value_dtype, device=buffer.device)
-    item.take_snapshots()
-    for group in groups.sparse:
-        group.memory.select_(buffer, group.segments_of_nothing, 0)
     held = [group.memory.held() for group in groups.sparse]
     values, indices = ops.topk_abs_interleaved(held[0] if len(held) == 1 else torch.cat(held), share, num_owners)
     values, error = round_to_wire(values, plan.value_dtype)
     _put(groups, _compact(indices), torch.zeros_like(values) if error is None else error)
-    add_dense_part(plan, groups, buffer, item.contribution)
     return indices, values
+
+
+def _take_in(item: InFlight) -> None:
+    """Fills in the dense part, and takes the sparse slots' gradients into their memories."""
+    plan, groups, buffer = item.plan, item.groups, item.buffer
+    assert item.contribution is not None
+    add_dense_part(plan, groups, buffer, item.contribution, checks=item.takes)
+    for group in groups.sparse:
+        if item.takes:
+            take(plan, group, buffer, group.segments_of_nothing, 0)
+        else:
+            group.memory.select_(buffer, group.segments_of_nothing, 0)
+    if item.takes:
+        item.gradients_are_taken()
 
 
 def pass_on(item: InFlight, received: Tensor, rank: int) -> Tensor | None:
