@@ -4,9 +4,11 @@ Every call has a deadline. After a failure or a missed deadline the pool's proce
 next call starts new ones.
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -32,6 +34,8 @@ class RankPool:
 
     def __call__(self, function: Callable[..., Any], *args: Any, deadline_s: float = DEADLINE_S, **kwargs: Any) -> list:
         """The function's results in rank order. Raises `RankFailure` with the tracebacks of the ranks that raised."""
+        if any(not process.is_alive() for process in self._processes):
+            self.close()  # ended between two calls
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -54,11 +58,19 @@ class RankPool:
                 if outcome == "failed":
                     end = min(end, time.monotonic() + _GRACE_S)
         if failures or len(results) < self.size:
-            self.close()
             silent = sorted(set(range(self.size)) - set(results) - set(failures))
+            self._show_stacks(silent)
+            self.close()
             report = "".join(f"\n--- rank {rank} ---\n{text}" for rank, text in sorted(failures.items()))
             raise RankFailure(f"{function.__name__}: no answer from ranks {silent} within the deadline{report}")
         return [results[rank] for rank in range(self.size)]
+
+    def _show_stacks(self, ranks: list[int]) -> None:
+        """Lets these ranks print where each of their threads is."""
+        for rank in ranks:
+            if self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5 if ranks else 0.0)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -89,6 +101,7 @@ def _serve(rank: int, size: int, store: str, pipe: multiprocessing.connection.Co
     import torch
     import torch.distributed as dist
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=DEADLINE_S)

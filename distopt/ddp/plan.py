@@ -100,7 +100,7 @@ class BucketPlan:
     predicted_s: float = math.nan
 
     def takes_gradients(self, device: torch.device) -> bool:
-        """Whether sparse gradients are used once, by this rank, on the CPU: then one pass checks and clears them too."""
+        """Whether this rank alone uses the sparse gradients, on the CPU: then one pass checks and clears them too."""
         return self.route in ("allgather", "balanced") and device.type == "cpu"
 
     @property

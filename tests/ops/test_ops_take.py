@@ -70,7 +70,14 @@ options = st.fixed_dictionaries(
     {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "nesterov": st.booleans(), "masking": st.booleans()}
 )
 buckets = st.builds(
-    Bucket, st.sampled_from(["dgc", "ef"]), rows, st.sampled_from(sorted(KINDS)), seeds, scales, grad_dtypes, state_dtypes
+    Bucket,
+    st.sampled_from(["dgc", "ef"]),
+    rows,
+    st.sampled_from(sorted(KINDS)),
+    seeds,
+    scales,
+    grad_dtypes,
+    state_dtypes,
 )
 
 
