@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def job(hosts: int, rate: str, spec: dict, deadline_s: int) -> dict:
             return json.loads(result.read_text())
         log = logs / "host1.log"
         lines = (log.read_text(errors="replace") if log.exists() else ran.stderr).splitlines()
-        reason = "did not end" if ran.returncode == 124 else _error_in(lines)
+        reason = f"did not end within {deadline_s} s" if ran.returncode == 124 else _error_in(lines)
         if ran.returncode != 124 and not log.exists():
             raise SystemExit(ran.stderr)
         return {"failed": reason, "log": lines[-40:]}
@@ -163,7 +164,8 @@ def table(cell: dict, cells: dict) -> str:
     compute = cell["modes"].get("compute", {}).get("step_ms_quartiles")
     for name, figures in cell["modes"].items():
         if "failed" in figures:
-            lines.append(f"| {MODES[name].label} | fails: {figures['failed']} | | | |")
+            reason = textwrap.shorten(figures["failed"], 70, placeholder=" ...")
+            lines.append(f"| {MODES[name].label} | fails: {reason} | | | |")
             continue
         low, middle, high = figures["step_ms_quartiles"]
         ratio = f"{middle / compute[1]:.2f}" if compute else ""
