@@ -121,7 +121,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "ranks": options.ranks,
         "parameters": first["parameters"],
-        "options": first["options"],
+        "options": {name: value for name, value in first["options"].items() if name not in ("algorithm", "seed")},
         "machine": machine(),
         "versions": versions(),
         "algorithms": summary,

@@ -18,10 +18,12 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,17 +74,27 @@ def job(hosts: int, rate: str, spec: dict, deadline_s: int) -> dict:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }
-        ran = subprocess.run(
-            [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
-        )
-        if ran.returncode == 0:
+        returncode, said = _run([str(part) for part in command], environment)
+        if returncode == 0:
             return json.loads(result.read_text())
         log = logs / "host1.log"
-        lines = (log.read_text(errors="replace") if log.exists() else ran.stderr).splitlines()
-        reason = "did not end" if ran.returncode == 124 else _error_in(lines)
-        if ran.returncode != 124 and not log.exists():
-            raise SystemExit(ran.stderr)
+        lines = (log.read_text(errors="replace") if log.exists() else said).splitlines()
+        reason = f"did not end within {deadline_s} s" if returncode == 124 else _error_in(lines)
+        if returncode != 124 and not log.exists():
+            raise SystemExit(said)
         return {"failed": reason, "log": lines[-40:]}
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and standard error. However this ends, the cluster script is asked to stop and removes the hosts."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, said = process.communicate()
+        finally:
+            process.terminate()  # not kill: it has namespaces to remove
+    return process.returncode, said
 
 
 def _error_in(lines: list[str]) -> str:
@@ -163,7 +175,8 @@ def table(cell: dict, cells: dict) -> str:
     compute = cell["modes"].get("compute", {}).get("step_ms_quartiles")
     for name, figures in cell["modes"].items():
         if "failed" in figures:
-            lines.append(f"| {MODES[name].label} | fails: {figures['failed']} | | | |")
+            reason = textwrap.shorten(figures["failed"], 70, placeholder=" ...")
+            lines.append(f"| {MODES[name].label} | fails: {reason} | | | |")
             continue
         low, middle, high = figures["step_ms_quartiles"]
         ratio = f"{middle / compute[1]:.2f}" if compute else ""
@@ -180,6 +193,7 @@ def table(cell: dict, cells: dict) -> str:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the hosts are removed
     stored = json.loads(options.json.read_text())["cells"] if options.json and options.json.exists() else []
     cells = {(cell["hosts"], cell["rate"], cell["model"]): cell for cell in stored}
     for hosts in options.hosts:

@@ -27,7 +27,7 @@ BLOCK_S = 0.6  # about the time of one turn: slow modes take fewer steps
 LONGEST_BLOCK = 6
 WARMUP_STEPS = 4  # buckets are rebuilt in the second step, PowerSGD begins in the third
 PROFILED_STEPS = 6
-SECONDS_PER_TARGET = 150.0  # a training that has not reached its target by then counts as not feasible
+SECONDS_PER_TARGET = 100.0  # a training that has not reached its target by then counts as not feasible
 EVALUATE_EVERY = 20
 
 
