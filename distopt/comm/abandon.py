@@ -8,12 +8,14 @@ broadcast of buffers) never gets to see an exception at all.
 
 import atexit
 import ctypes
+import gc
 import logging
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -44,8 +46,10 @@ def _leak(what: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(what))  # a reference from Python is dropped when Python shuts down
 
 
-def end_when_stuck(error: DistoptError, told: threading.Event, patience_s: float) -> None:
-    """Ends this process, with the error on standard error and status 1, once its main thread is stuck. Never returns.
+def end_when_stuck(error: DistoptError, told: threading.Event, patience_s: float, concerns: Callable[[], bool]) -> None:
+    """Ends this process, with the error on standard error and status 1, once its main thread is stuck.
+
+    Returns only when `concerns` says no: whose error it is has gone, and the script has gone on to other things.
 
     Stuck means: at one instruction for `patience_s`. While nobody has been told of the error that is so anywhere;
     after that only inside torch, because a script that has caught it may well wait for something else.
@@ -58,6 +62,9 @@ def end_when_stuck(error: DistoptError, told: threading.Event, patience_s: float
         if here != spot or (told.is_set() and frame is not None and not frame.f_code.co_filename.startswith(_TORCH)):
             spot, since = here, time.monotonic()
         elif time.monotonic() - since > patience_s:
+            gc.collect()  # models are in cycles
+            if not concerns():
+                return
             _end(error, frame, patience_s)
 
 

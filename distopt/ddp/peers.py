@@ -129,4 +129,4 @@ class Peers:
         if fail is not None:
             fail(error)
         del fail
-        end_when_stuck(error, self._told, self._timeout_s)
+        end_when_stuck(error, self._told, self._timeout_s, lambda: self._fail() is not None)

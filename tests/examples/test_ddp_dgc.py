@@ -12,11 +12,18 @@ import torch
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp_dgc.py"
 EPOCHS = 3  # of 22 steps
 
-# Runs the example, but the first time around rank 1 dies in the middle of the second epoch.
-KILLED = """
-import os, runpy, signal, sys
-import torch
+# The route is given: each run would choose by a link that it has measured for itself, and two may not agree.
+ROUTED = """
+import functools, os, runpy, signal, sys
+import torch, distopt
 
+distopt.DGC = functools.partial(distopt.DGC, exchange="allgather")
+{disturbance}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# The first time around rank 1 dies in the middle of the second epoch.
+DEATH = """
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     step, steps = torch.optim.SGD.step, []
 
@@ -28,8 +35,6 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         return step(optimizer, *args, **kwargs)
 
     torch.optim.SGD.step = step_until_killed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -60,8 +65,9 @@ def flat_tensors(value, path=""):
 
 def final_state(checkpoints):
     folder = checkpoints / f"epoch-{EPOCHS}"
-    # The distopt files' names end in a digest: those of equal states are equal.
-    states = {path.name: flat_tensors(torch.load(path)) for path in sorted(folder.glob("*.pt"))}
+    # The distopt files' names end in a digest, also of the link that each run has measured for itself.
+    paths = {path.name.partition("-of-")[0]: path for path in sorted(folder.glob("*.pt"))}
+    states = {name: flat_tensors(torch.load(path)) for name, path in paths.items()}
     return {f"{name}{path}": tensor for name, tensors in states.items() for path, tensor in tensors.items()}
 
 
@@ -69,7 +75,9 @@ def final_state(checkpoints):
 def undisturbed(tmp_path_factory):
     """What a run printed, and its folder of checkpoints."""
     checkpoints = tmp_path_factory.mktemp("undisturbed")
-    ran = torchrun(*example_arguments(checkpoints))
+    starter = checkpoints.with_suffix(".py")
+    starter.write_text(ROUTED.format(disturbance=""))
+    ran = torchrun(str(starter), *example_arguments(checkpoints))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout, checkpoints
 
@@ -85,7 +93,7 @@ def test_the_example_trains_and_says_what_it_saves(undisturbed):
 
 @pytest.mark.timeout(110)
 def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, undisturbed):
-    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "killed.py").write_text(ROUTED.format(disturbance=DEATH))
     ran = torchrun("--max-restarts=2", str(tmp_path / "killed.py"), *example_arguments(tmp_path / "checkpoints"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert (tmp_path / "killed.py.died").exists(), "no worker was killed"

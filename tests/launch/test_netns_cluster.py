@@ -259,7 +259,8 @@ def test_whatever_happens_nothing_goes_on_running(hosts, environment, marker, op
     ran = cluster("run", 2, *options, "--", "bash", "-c", ENDING, "job", marker, ending,
                   env=environment)  # fmt: skip
     assert ran.returncode == status, ran.stderr
-    assert sorted(ran.stdout.splitlines()) == ["host1| started", "host2| started"]
+    started = set(ran.stdout.splitlines())  # on a busy machine host 1 may be ended before it says so
+    assert {"host2| started"} <= started <= {"host1| started", "host2| started"}
     assert processes(marker) == []
 
 
