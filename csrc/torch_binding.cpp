@@ -71,10 +71,12 @@ Threads threads() {
           }};
 }
 
-// kNone only reads v.
+// What a Job says is only read: kNone reads v, all but the take operations read grad.
+void* only_read(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
 Job topk_job(const Tensor& x) {
   const DType dtype = dtype_of(x, "x");
-  return {Update::kNone, dtype, dtype, nullptr, nullptr, const_cast<void*>(x.const_data_ptr()), 0.0f};
+  return {Update::kNone, dtype, dtype, nullptr, nullptr, only_read(x), 0.0f};
 }
 
 Job ef_job(const Tensor& grad, const Tensor& residual) {
@@ -83,7 +85,7 @@ Job ef_job(const Tensor& grad, const Tensor& residual) {
   return {Update::kAccumulate,
           dtype_of(grad, "grad"),
           dtype_of(residual, "residual"),
-          grad.const_data_ptr(),
+          only_read(grad),
           nullptr,
           residual.mutable_data_ptr(),
           0.0f};
@@ -98,7 +100,7 @@ Job dgc_job(const Tensor& grad, const Tensor& u, const Tensor& v, double momentu
   return {nesterov ? Update::kNesterov : Update::kHeavyBall,
           dtype_of(grad, "grad"),
           dtype_of(v, "v"),
-          grad.const_data_ptr(),
+          only_read(grad),
           u.mutable_data_ptr(),
           v.mutable_data_ptr(),
           static_cast<float>(momentum)};
@@ -112,8 +114,27 @@ std::tuple<Tensor, Tensor> run(const Job& job, const Tensor& like, int64_t k, bo
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor> run_segments(const Job& job, const Tensor& grad, const Tensor& state, const Tensor& segments,
-                                        int64_t count, bool masking) {
+Job taking(Job job, const Tensor& grad) {
+  job.grad = grad.mutable_data_ptr();
+  job.take = true;
+  return job;
+}
+
+struct Taken {
+  Tensor values;
+  Tensor indices;
+  int64_t bad;  // the row that is not finite, -1 if none
+
+  std::tuple<Tensor, Tensor> selection() const { return {values, indices}; }
+  std::tuple<Tensor, Tensor, Tensor> with_bad() const {
+    Tensor row = torch::stable::new_empty(values, {}, ScalarType::Long);
+    *static_cast<int64_t*>(row.mutable_data_ptr()) = bad;
+    return {values, indices, row};
+  }
+};
+
+Taken run_segments(const Job& job, const Tensor& grad, const Tensor& state, const Tensor& segments, int64_t count,
+                   bool masking) {
   STD_TORCH_CHECK(segments.is_cpu() && segments.dim() == 2 && segments.size(1) == 3 && segments.is_contiguous() &&
                       segments.scalar_type() == ScalarType::Long,
                   "distopt: segments must be int64 of shape (num_segments, 3), contiguous, on the CPU");
@@ -123,10 +144,10 @@ std::tuple<Tensor, Tensor> run_segments(const Job& job, const Tensor& grad, cons
                   problem.row < 0 ? "" : std::to_string(problem.row));
   Tensor values = torch::stable::new_empty(state, {count}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(state, {count}, ScalarType::Int);
-  distopt::cpu::sparsify_segments(job, rows, segments.size(0), masking, threads(),
-                                  static_cast<float*>(values.mutable_data_ptr()),
-                                  static_cast<int32_t*>(indices.mutable_data_ptr()));
-  return {values, indices};
+  const int64_t row = distopt::cpu::sparsify_segments(job, rows, segments.size(0), masking, threads(),
+                                                      static_cast<float*>(values.mutable_data_ptr()),
+                                                      static_cast<int32_t*>(indices.mutable_data_ptr()));
+  return {values, indices, row};
 }
 
 std::tuple<Tensor, Tensor> topk_abs(const Tensor& x, int64_t k) {
@@ -163,13 +184,25 @@ std::tuple<Tensor, Tensor> dgc_sparsify_(const Tensor& grad, const Tensor& u, co
 
 std::tuple<Tensor, Tensor> ef_sparsify_segments_(const Tensor& grad, const Tensor& residual, const Tensor& segments,
                                                  int64_t count) {
-  return run_segments(ef_job(grad, residual), grad, residual, segments, count, false);
+  return run_segments(ef_job(grad, residual), grad, residual, segments, count, false).selection();
 }
 
 std::tuple<Tensor, Tensor> dgc_sparsify_segments_(const Tensor& grad, const Tensor& u, const Tensor& v,
                                                   const Tensor& segments, int64_t count, double momentum, bool nesterov,
                                                   bool masking) {
-  return run_segments(dgc_job(grad, u, v, momentum, nesterov), grad, v, segments, count, masking);
+  return run_segments(dgc_job(grad, u, v, momentum, nesterov), grad, v, segments, count, masking).selection();
+}
+
+std::tuple<Tensor, Tensor, Tensor> ef_take_segments_(const Tensor& grad, const Tensor& residual, const Tensor& segments,
+                                                     int64_t count) {
+  return run_segments(taking(ef_job(grad, residual), grad), grad, residual, segments, count, false).with_bad();
+}
+
+std::tuple<Tensor, Tensor, Tensor> dgc_take_segments_(const Tensor& grad, const Tensor& u, const Tensor& v,
+                                                      const Tensor& segments, int64_t count, double momentum,
+                                                      bool nesterov, bool masking) {
+  const Job job = taking(dgc_job(grad, u, v, momentum, nesterov), grad);
+  return run_segments(job, grad, v, segments, count, masking).with_bad();
 }
 
 template <class Out>
@@ -251,6 +284,8 @@ STABLE_TORCH_LIBRARY_IMPL(distopt, CPU, m) {
   m.impl("dgc_sparsify_", TORCH_BOX(&dgc_sparsify_));
   m.impl("ef_sparsify_segments_", TORCH_BOX(&ef_sparsify_segments_));
   m.impl("dgc_sparsify_segments_", TORCH_BOX(&dgc_sparsify_segments_));
+  m.impl("ef_take_segments_", TORCH_BOX(&ef_take_segments_));
+  m.impl("dgc_take_segments_", TORCH_BOX(&dgc_take_segments_));
   m.impl("topk_abs_interleaved", TORCH_BOX(&topk_abs_interleaved));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_));
   m.impl("all_finite", TORCH_BOX(&all_finite));

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "counters.h"
 #include "kernels.h"
@@ -10,7 +11,7 @@
 
 namespace distopt::cpu {
 
-void select_by_candidates(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
+bool select_by_candidates(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
   const Parts parts(n, threads);
   // 1. Room for three times k lets the bound miss by that much before a cut is needed.
   const int64_t capacity = std::min(parts.longest(), 3 * k + 8192) + kBlock;
@@ -19,10 +20,11 @@ void select_by_candidates(const Job& job, int64_t n, int64_t k, const Threads& t
   int32_t* index = workspace.index.reserve(parts.count * capacity);
   int32_t* key = workspace.key.reserve(std::max(parts.count * capacity, samples));
   Candidates c[Parts::kMost];
+  std::atomic<bool> finite{true};
   const auto collect = [&](const Job& from, int32_t bound) {
     threads.each(parts.count, [&](int64_t part) {
       c[part] = {index + part * capacity, key + part * capacity, capacity, k, bound};
-      kernels().pass(from, parts.begin(part), parts.end(part), c[part]);
+      if (!kernels().pass(from, parts.begin(part), parts.end(part), c[part])) finite = false;
     });
     return merge(c, parts.count);
   };
@@ -33,6 +35,7 @@ void select_by_candidates(const Job& job, int64_t n, int64_t k, const Threads& t
     bound = bound_from_sample(key, samples, n, k);
   }
   Candidates all = collect(job, bound);
+  if (!finite) return false;
   // 4. Too few passed (rare): read v once more, without a bound. The cuts keep this linear.
   if (all.count < k) {
     count(Counter::kSecondCollections);
@@ -43,6 +46,7 @@ void select_by_candidates(const Job& job, int64_t n, int64_t k, const Threads& t
   // 5. The k best among them.
   if (all.count > k) cut(all);
   std::copy_n(all.index, k, indices);
+  return true;
 }
 
 }  // namespace distopt::cpu

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "kernels.h"
 #include "parts.h"
@@ -7,16 +8,19 @@
 
 namespace distopt::cpu {
 
-void select_by_maxima(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
+bool select_by_maxima(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t capacity = std::min(n, 3 * k + 512) + kBlock;
   Workspace& workspace = Workspace::of_this_thread();
   int32_t* largest = workspace.largest.reserve(blocks);
   // 1. The pass that updates keeps the largest key of each block.
   const Parts parts(n, threads);
+  std::atomic<bool> finite{true};
   threads.each(parts.count, [&](int64_t part) {
-    kernels().maxima(job, parts.begin(part), parts.end(part), largest + parts.begin(part) / kBlock);
+    const int64_t begin = parts.begin(part);
+    if (!kernels().maxima(job, begin, parts.end(part), largest + begin / kBlock)) finite = false;
   });
+  if (!finite) return false;
   // 2. The k-th largest of them: at least k keys are as large.
   Candidates c{workspace.index.reserve(capacity), workspace.key.reserve(capacity), capacity, k,
                threshold(largest, blocks, k).bound()};
@@ -30,6 +34,7 @@ void select_by_maxima(const Job& job, int64_t n, int64_t k, const Threads& threa
   // 4. The k best among them.
   if (c.count > k) cut(c);
   std::copy_n(c.index, k, indices);
+  return true;
 }
 
 }  // namespace distopt::cpu

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "counters.h"
 #include "kernels.h"
@@ -74,7 +75,7 @@ void share(const Candidates* c, const Parts& parts, int64_t wanted, Threshold* l
 
 }  // namespace
 
-void select_by_threshold(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
+bool select_by_threshold(const Job& job, int64_t n, int64_t k, const Threads& threads, int32_t* indices) {
   const Parts parts(n, threads);
   // 1. A bracket around the k-th key, from a sample of the new v. It holds a few percent of all keys, or else is given
   // up.
@@ -88,10 +89,12 @@ void select_by_threshold(const Job& job, int64_t n, int64_t k, const Threads& th
   const int32_t ceiling = ceiling_from_sample(key, samples, n, k);
   // 2. The fused pass.
   Candidates c[Parts::kMost];
+  std::atomic<bool> finite{true};
   threads.each(parts.count, [&](int64_t part) {
     c[part] = {index + part * capacity, key + part * capacity, capacity, 1, bound, ceiling};
-    kernels().pass(job, parts.begin(part), parts.end(part), c[part]);
+    if (!kernels().pass(job, parts.begin(part), parts.end(part), c[part])) finite = false;
   });
+  if (!finite) return false;
   bool gave_up = false;
   int64_t num_over = 0, num_between = 0;
   for (int64_t part = 0; part < parts.count; ++part) {
@@ -104,7 +107,7 @@ void select_by_threshold(const Job& job, int64_t n, int64_t k, const Threads& th
   if (gave_up || wanted < 1 || wanted > num_between) {
     count(Counter::kSecondCollections);
     collect(job, 0, n, threshold_of_state(job, n, k), indices, k);
-    return;
+    return true;
   }
   // 4. What each part has to give, so that all can write at once.
   Threshold least[Parts::kMost];
@@ -117,6 +120,7 @@ void select_by_threshold(const Job& job, int64_t n, int64_t k, const Threads& th
   threads.each(parts.count, [&](int64_t part) {
     collect(job, parts.begin(part), parts.end(part), least[part], indices + first[part], first[part + 1] - first[part]);
   });
+  return true;
 }
 
 }  // namespace distopt::cpu

@@ -20,10 +20,13 @@ struct Job {
   Update update;
   DType grad_dtype;
   DType state_dtype;  // of u and v; float16 only with kNone
-  const void* grad;   // nullptr with kNone
+  void* grad;         // nullptr with kNone; only read, but for `take`
   void* u;            // nullptr unless kHeavyBall or kNesterov
   void* v;            // never written with kNone
   float momentum;
+  // Leaves zeros where grad was read, in the same pass, and stops before a block whose gradient is not finite, so that
+  // none gets into u and v.
+  bool take = false;
 };
 
 }  // namespace distopt::cpu

@@ -13,11 +13,11 @@ namespace distopt::cpu {
 
 struct Kernels {
   // Applies job.update to elements [begin, end) and appends those whose key is above c.bound and not above c.ceiling,
-  // making room when c is full. c.capacity >= max(k, 1) + kBlock.
-  void (*pass)(const Job& job, int64_t begin, int64_t end, Candidates& c);
+  // making room when c is full. c.capacity >= max(k, 1) + kBlock. False: it stopped, see Job::take.
+  bool (*pass)(const Job& job, int64_t begin, int64_t end, Candidates& c);
   // Applies job.update to elements [begin, end) and writes the largest key of each kBlock of them, counted from begin;
-  // the last block may be shorter.
-  void (*maxima)(const Job& job, int64_t begin, int64_t end, int32_t* largest);
+  // the last block may be shorter. False as above.
+  bool (*maxima)(const Job& job, int64_t begin, int64_t end, int32_t* largest);
   // Writes the positions in [begin, end) of v whose key is above the bound, ascending, at most `room`; their number.
   int64_t (*collect)(const Job& job, int64_t begin, int64_t end, int32_t bound, int32_t* indices, int64_t room);
   // How many of n keys are above the bound.

@@ -40,6 +40,11 @@ struct Avx2Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
     return widen(packed);
   }
+  static void zero(float* p) { _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_setzero_si256()); }
+  template <class Half>
+  static void zero(Half* p) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_setzero_si128());
+  }
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

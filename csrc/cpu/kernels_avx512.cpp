@@ -40,6 +40,11 @@ struct Avx512Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
     return widen(words);
   }
+  static void zero(float* p) { _mm512_storeu_si512(p, _mm512_setzero_si512()); }
+  template <class Half>
+  static void zero(Half* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_setzero_si256());
+  }
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -31,6 +31,11 @@ struct NeonVec {
     vst1_u16(reinterpret_cast<uint16_t*>(p), words);
     return widen(words);
   }
+  static void zero(float* p) { vst1q_f32(p, vdupq_n_f32(0)); }
+  template <class Half>
+  static void zero(Half* p) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vdup_n_u16(0));
+  }
   static F set1(float x) { return vdupq_n_f32(x); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }

@@ -26,6 +26,10 @@ struct PortableVec {
   static F store(BFloat16* p, F x) {
     return F{cpu::store(p, x[0]), cpu::store(p + 1, x[1]), cpu::store(p + 2, x[2]), cpu::store(p + 3, x[3])};
   }
+  template <class T>
+  static void zero(T* p) {
+    __builtin_memset(p, 0, kWidth * sizeof(T));
+  }
   static F set1(float x) { return F{x, x, x, x}; }
   static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }

@@ -2,10 +2,12 @@
 // candidates.
 //
 // Included by each kernels_*.cpp after its Vec, inside the reach of its target options; everything here is local to
-// that file. Vec gives kWidth lanes, load, store (returns what the memory now holds), add, mul, set1, key, max,
+// that file. Vec gives kWidth lanes, load, store (returns what the memory now holds), zero, add, mul, set1, key, max,
 // largest, any_above, count_above and append. Products and sums round separately (-ffp-contract=off): results equal the
 // reference bit for bit.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "scalar_vec.h"
@@ -13,14 +15,25 @@
 namespace distopt::cpu {
 namespace {
 
-// The key of the new v at elements i .. i + kWidth, after storing it.
+constexpr int32_t kLargestFiniteKey = 0x7f7fffff;
+
+// Whether kVecs vectors of a gradient from p on hold neither NaN nor Inf.
+template <class Vec, int kVecs, class G>
+inline bool finite(const G* p) {
+  auto largest = Vec::key(Vec::load(p));
+  for (int j = 1; j < kVecs; ++j) largest = Vec::max(largest, Vec::key(Vec::load(p + j * Vec::kWidth)));
+  return !Vec::any_above(largest, kLargestFiniteKey);
+}
+
+// The key of the new v at elements i .. i + kWidth, after storing it. G is not const where the gradient is taken.
 template <class Vec, Update kUpdate, class G, class S>
-inline typename Vec::I step([[maybe_unused]] const G* g, [[maybe_unused]] S* u, S* v,
+inline typename Vec::I step([[maybe_unused]] G* g, [[maybe_unused]] S* u, S* v,
                             [[maybe_unused]] typename Vec::F momentum, int64_t i) {
   if constexpr (kUpdate == Update::kNone) {
     return Vec::key(Vec::load(v + i));
   } else {
     const auto gi = Vec::load(g + i);
+    if constexpr (!std::is_const_v<G>) Vec::zero(g + i);
     auto vi = Vec::load(v + i);
     if constexpr (kUpdate == Update::kAccumulate) {
       vi = Vec::add(vi, gi);
@@ -37,11 +50,12 @@ inline typename Vec::I step([[maybe_unused]] const G* g, [[maybe_unused]] S* u, 
   }
 }
 
+// Where it ended: fewer than kUnroll vectors are left, or the next ones of a gradient to be taken are not finite.
 template <class Vec, int kUnroll, Update kUpdate, class G, class S>
 inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
   constexpr int64_t kStep = kUnroll * Vec::kWidth;
   static_assert(kStep <= kBlock, "a block must fit between two looks at the capacity");
-  const auto* g = static_cast<const G*>(job.grad);
+  auto* g = static_cast<G*>(job.grad);
   auto* u = static_cast<S*>(job.u);
   auto* v = static_cast<S*>(job.v);
   const auto momentum = Vec::set1(job.momentum);
@@ -50,6 +64,9 @@ inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
   int64_t num_over_ceiling = 0;
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
+    if constexpr (!std::is_const_v<G>) {
+      if (!finite<Vec, kUnroll>(g + i)) break;
+    }
     // 1. Update a block and look at its largest key: at low density most blocks end here.
     typename Vec::I key[kUnroll];
     for (int j = 0; j < kUnroll; ++j) key[j] = step<Vec, kUpdate>(g, u, v, momentum, i + j * Vec::kWidth);
@@ -72,53 +89,69 @@ inline int64_t run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
 }
 
 template <class Vec, Update kUpdate, class G, class S>
-void pass(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+bool pass(const Job& job, int64_t begin, int64_t end, Candidates& c) {
   const int64_t done = run<Vec, 4, kUpdate, G, S>(job, begin, end, c);
-  run<ScalarVec, 1, kUpdate, G, S>(job, done, end, c);
+  return run<ScalarVec, 1, kUpdate, G, S>(job, done, end, c) == end;
 }
 
 // The largest keys of the blocks, and the update as in pass.
 template <class Vec, Update kUpdate, class G, class S>
-void maxima(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
-  const auto* g = static_cast<const G*>(job.grad);
+bool maxima(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+  auto* g = static_cast<G*>(job.grad);
   auto* u = static_cast<S*>(job.u);
   auto* v = static_cast<S*>(job.v);
   const auto momentum = Vec::set1(job.momentum);
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) {
+    if constexpr (!std::is_const_v<G>) {
+      if (!finite<Vec, kBlock / Vec::kWidth>(g + i)) return false;
+    }
     auto most = step<Vec, kUpdate>(g, u, v, momentum, i);
     for (int64_t j = Vec::kWidth; j < kBlock; j += Vec::kWidth) {
       most = Vec::max(most, step<Vec, kUpdate>(g, u, v, momentum, i + j));
     }
     *largest++ = Vec::largest(most);
   }
-  if (i == end) return;
+  if (i == end) return true;
+  if constexpr (!std::is_const_v<G>) {
+    for (int64_t j = i; j < end; ++j) {
+      if (!finite<ScalarVec, 1>(g + j)) return false;
+    }
+  }
   int32_t most = 0;
   for (; i + Vec::kWidth <= end; i += Vec::kWidth) {
     most = ScalarVec::max(most, Vec::largest(step<Vec, kUpdate>(g, u, v, momentum, i)));
   }
   for (; i < end; ++i) most = ScalarVec::max(most, step<ScalarVec, kUpdate>(g, u, v, job.momentum, i));
   *largest = most;
+  return true;
 }
 
-// Calls Do::run<kUpdate, G, S> with the types that the job says.
+// Calls Do::run<kUpdate, G, S> with the types that the job says; a G that is only read is const.
+template <class Do, Update kUpdate, class S, class G, class... Args>
+bool with_taking(const Job& job, Args&&... args) {
+  if (job.take) return Do::template run<kUpdate, G, S>(job, args...);
+  return Do::template run<kUpdate, const G, S>(job, args...);
+}
+
 template <class Do, Update kUpdate, class S, class... Args>
-void with_grad(const Job& job, Args&&... args) {
+bool with_grad(const Job& job, Args&&... args) {
   switch (job.grad_dtype) {
     case DType::kFloat32:
-      return Do::template run<kUpdate, float, S>(job, args...);
+      return with_taking<Do, kUpdate, S, float>(job, args...);
     case DType::kBFloat16:
-      return Do::template run<kUpdate, BFloat16, S>(job, args...);
+      return with_taking<Do, kUpdate, S, BFloat16>(job, args...);
     case DType::kFloat16:
-      return Do::template run<kUpdate, Float16, S>(job, args...);
+      return with_taking<Do, kUpdate, S, Float16>(job, args...);
   }
+  return true;
 }
 
 template <class Do, class S, class... Args>
-void with_update(const Job& job, Args&&... args) {
+bool with_update(const Job& job, Args&&... args) {
   switch (job.update) {
     case Update::kNone:
-      return Do::template run<Update::kNone, float, S>(job, args...);
+      return Do::template run<Update::kNone, const float, S>(job, args...);
     case Update::kAccumulate:
       return with_grad<Do, Update::kAccumulate, S>(job, args...);
     case Update::kHeavyBall:
@@ -126,44 +159,46 @@ void with_update(const Job& job, Args&&... args) {
     case Update::kNesterov:
       return with_grad<Do, Update::kNesterov, S>(job, args...);
   }
+  return true;
 }
 
 template <class Do, class... Args>
-void with_types(const Job& job, Args&&... args) {
+bool with_types(const Job& job, Args&&... args) {
   switch (job.state_dtype) {
     case DType::kFloat32:
       return with_update<Do, float>(job, args...);
     case DType::kBFloat16:
       return with_update<Do, BFloat16>(job, args...);
     case DType::kFloat16:
-      return Do::template run<Update::kNone, float, Float16>(job, args...);
+      return Do::template run<Update::kNone, const float, Float16>(job, args...);
   }
+  return true;
 }
 
 template <class Vec>
 struct Pass {
   template <Update kUpdate, class G, class S>
-  static void run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
-    pass<Vec, kUpdate, G, S>(job, begin, end, c);
+  static bool run(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+    return pass<Vec, kUpdate, G, S>(job, begin, end, c);
   }
 };
 
 template <class Vec>
-void pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
-  with_types<Pass<Vec>>(job, begin, end, c);
+bool pass_any(const Job& job, int64_t begin, int64_t end, Candidates& c) {
+  return with_types<Pass<Vec>>(job, begin, end, c);
 }
 
 template <class Vec>
 struct Maxima {
   template <Update kUpdate, class G, class S>
-  static void run(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
-    maxima<Vec, kUpdate, G, S>(job, begin, end, largest);
+  static bool run(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+    return maxima<Vec, kUpdate, G, S>(job, begin, end, largest);
   }
 };
 
 template <class Vec>
-void maxima_any(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
-  with_types<Maxima<Vec>>(job, begin, end, largest);
+bool maxima_any(const Job& job, int64_t begin, int64_t end, int32_t* largest) {
+  return with_types<Maxima<Vec>>(job, begin, end, largest);
 }
 
 // The positions of v whose key is above the bound.

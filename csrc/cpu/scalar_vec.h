@@ -19,6 +19,10 @@ struct ScalarVec {
   static F store(T* p, F x) {
     return cpu::store(p, x);
   }
+  template <class T>
+  static void zero(T* p) {
+    *p = T{};
+  }
   static F set1(float x) { return x; }
   static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }

@@ -30,7 +30,9 @@ struct Problem {
 Problem check(const Segment* segments, int64_t num_segments, int64_t grad_numel, int64_t state_numel, int64_t count);
 
 // The segments must have passed check. indices[0..count): positions in grad, ascending. values[0..count): float.
-void sparsify_segments(const Job& job, const Segment* segments, int64_t num_segments, bool masking,
-                       const Threads& threads, float* values, int32_t* indices);
+// -1, or, only with Job::take, the first row whose gradient is not finite: it still is not, values are zeros at
+// 0..count-1, and v holds all that was selected before (u is masked there).
+int64_t sparsify_segments(const Job& job, const Segment* segments, int64_t num_segments, bool masking,
+                          const Threads& threads, float* values, int32_t* indices);
 
 }  // namespace distopt::cpu

@@ -24,9 +24,9 @@ void take_out(S* v, S* u, const int32_t* indices, int64_t k, float* values) {
 
 }  // namespace
 
-void sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads& threads, void* values,
+bool sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads& threads, void* values,
               int32_t* indices) {
-  select(job, n, k, threads, indices);
+  if (!select(job, n, k, threads, indices)) return false;
   count(Counter::kSelections, k > 0);
   void* u = masking ? job.u : nullptr;
   const Parts parts(k, threads);
@@ -44,6 +44,7 @@ void sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads&
       gather(static_cast<const uint16_t*>(job.v), indices + first, num, static_cast<uint16_t*>(values) + first);
     }
   });
+  return true;
 }
 
 }  // namespace distopt::cpu

@@ -14,7 +14,9 @@ namespace distopt::cpu {
 
 // indices[0..k): ascending. values[0..k): float for a Job that updates, else in the dtype of v.
 // With an update, v is zero at the indices afterwards, and so is u if `masking`.
-void sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads& threads, void* values,
+// False: a gradient to be taken was not finite (see Job::take). Nothing was taken out and written to values; what came
+// before the first block that is not finite, of each thread, is in u and v, and that block still is in grad.
+bool sparsify(const Job& job, int64_t n, int64_t k, bool masking, const Threads& threads, void* values,
               int32_t* indices);
 
 }  // namespace distopt::cpu

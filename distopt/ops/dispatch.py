@@ -14,6 +14,7 @@ from distopt.errors import ConfigError
 from distopt.ops import checks, native, reference
 
 Selection = tuple[Tensor, Tensor]
+Taken = tuple[Tensor, Tensor, Tensor]
 
 _topk_abs: Callable[[Tensor, int], Selection] = torch.ops.distopt.topk_abs.default
 _ef_sparsify_: Callable[[Tensor, Tensor, int], Selection] = torch.ops.distopt.ef_sparsify_.default
@@ -22,6 +23,8 @@ _ef_sparsify_segments_: Callable[[Tensor, Tensor, Tensor, int], Selection] = (
     torch.ops.distopt.ef_sparsify_segments_.default
 )
 _dgc_sparsify_segments_: Callable[..., Selection] = torch.ops.distopt.dgc_sparsify_segments_.default
+_ef_take_segments_: Callable[[Tensor, Tensor, Tensor, int], Taken] = torch.ops.distopt.ef_take_segments_.default
+_dgc_take_segments_: Callable[..., Taken] = torch.ops.distopt.dgc_take_segments_.default
 _topk_abs_interleaved: Callable[[Tensor, int, int], Selection] = torch.ops.distopt.topk_abs_interleaved.default
 _scatter_add_: Callable[[Tensor, Tensor, Tensor], None] = torch.ops.distopt.scatter_add_.default
 _all_finite: Callable[[Tensor], Tensor] = torch.ops.distopt.all_finite.default
@@ -141,14 +144,7 @@ def ef_sparsify_segments_(grad: Tensor, residual: Tensor, segments: Tensor, coun
         ConfigError: an argument breaks a rule above. (A table on a GPU is not read here, that would wait for it: see
             `raise_device_errors`. What a call with such a table returns is undefined.)
     """
-    checks.flat("grad", grad, checks.FLOATS)
-    checks.flat("residual", residual, checks.STATES)
-    checks.same_device("residual", residual, "grad", grad)
-    checks.segment_table(segments, count, grad)
-    if not is_compiling():
-        checks.apart("residual", residual, "grad", grad)
-        if not native.silent:
-            native.announce(grad.device)
+    _check_ef_segments(grad, residual, segments, count)
     if grad.dtype is torch.float64 or residual.dtype is torch.float64:
         return reference.ef_sparsify_segments_(grad, residual, segments, count)
     try:
@@ -191,19 +187,7 @@ def dgc_sparsify_segments_(
         ConfigError: an argument breaks a rule above. (A table on a GPU is not read here, that would wait for it: see
             `raise_device_errors`. What a call with such a table returns is undefined.)
     """
-    checks.flat("grad", grad, checks.FLOATS)
-    checks.flat("u", u, checks.STATES)
-    checks.flat("v", v, (u.dtype,))
-    checks.same_device("u", u, "grad", grad)
-    checks.same_size("v", v, "u", u)
-    checks.segment_table(segments, count, grad)
-    checks.momentum_range(momentum)
-    if not is_compiling():
-        checks.apart("u", u, "grad", grad)
-        checks.apart("v", v, "grad", grad)
-        checks.apart("v", v, "u", u)
-        if not native.silent:
-            native.announce(grad.device)
+    _check_dgc_segments(grad, u, v, segments, count, momentum)
     if grad.dtype is torch.float64 or u.dtype is torch.float64:
         return reference.dgc_sparsify_segments_(
             grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
@@ -212,6 +196,91 @@ def dgc_sparsify_segments_(
         return _dgc_sparsify_segments_(
             grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
         )
+    except RuntimeError:
+        checks.segment_rows(segments, count, grad.numel(), u.numel())
+        raise
+
+
+def ef_take_segments_(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> Taken:
+    """`ef_sparsify_segments_` that also checks the gradient and leaves zeros in its place, in the same pass.
+
+    For a bucket that is to become the update: there is no pass of its own for `all_finite` and none for `zero_`. CUDA
+    tensors run on the reference here, which waits for the device: use the three operations there.
+
+    Args:
+        grad: As in `ef_sparsify_segments_`, and updated: zero inside the segments afterwards, untouched outside.
+        residual: As in `ef_sparsify_segments_`.
+        segments: As there.
+        count: As there.
+
+    Returns:
+        Values and indices, as there, and the row of the first segment that holds NaN or Inf in grad, int64, shape ();
+        -1 if none does, and then values, indices and residual are bit for bit those of `ef_sparsify_segments_`.
+
+        If one does, nothing is selected: values are zeros and indices 0 to count - 1, which adds nothing. No NaN or
+        Inf of grad is in residual, and nothing was taken out of it; grad still holds NaN or Inf in that segment.
+        Which finite entries have been added to the residual, and what else grad holds inside the segments, is not
+        defined. (Finite gradients may make a residual overflow: that is not checked.)
+
+    Raises:
+        ConfigError: an argument breaks a rule of `ef_sparsify_segments_`.
+    """
+    _check_ef_segments(grad, residual, segments, count)
+    if grad.dtype is torch.float64 or residual.dtype is torch.float64:
+        return reference.ef_take_segments_(grad, residual, segments, count)
+    try:
+        return _ef_take_segments_(grad, residual, segments, count)
+    except RuntimeError:
+        checks.segment_rows(segments, count, grad.numel(), residual.numel())
+        raise
+
+
+def dgc_take_segments_(
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    count: int,
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    masking: bool = True,
+) -> Taken:
+    """`dgc_sparsify_segments_` that also checks the gradient and leaves zeros in its place, in the same pass.
+
+    For a bucket that is to become the update: there is no pass of its own for `all_finite` and none for `zero_`. CUDA
+    tensors run on the reference here, which waits for the device: use the three operations there.
+
+    Args:
+        grad: As in `dgc_sparsify_segments_`, and updated: zero inside the segments afterwards, untouched outside.
+        u: As in `dgc_sparsify_segments_`.
+        v: As there.
+        segments: As there.
+        count: As there.
+        momentum: As there.
+        nesterov: As there.
+        masking: As there.
+
+    Returns:
+        Values and indices, as there, and the row of the first segment that holds NaN or Inf in grad, int64, shape ();
+        -1 if none does, and then values, indices, u and v are bit for bit those of `dgc_sparsify_segments_`.
+
+        If one does, nothing is selected: values are zeros and indices 0 to count - 1, which adds nothing. No NaN or
+        Inf of grad is in u or v, and nothing was taken out of v (u may have been masked where entries of other
+        segments would have been); grad still holds NaN or Inf in that segment. Which finite entries have been
+        accumulated, and what else grad holds inside the segments, is not defined. (Finite gradients may make u and v
+        overflow: that is not checked.)
+
+    Raises:
+        ConfigError: an argument breaks a rule of `dgc_sparsify_segments_`.
+    """
+    _check_dgc_segments(grad, u, v, segments, count, momentum)
+    if grad.dtype is torch.float64 or u.dtype is torch.float64:
+        return reference.dgc_take_segments_(
+            grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
+        )
+    try:
+        return _dgc_take_segments_(grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking)
     except RuntimeError:
         checks.segment_rows(segments, count, grad.numel(), u.numel())
         raise
@@ -289,3 +358,30 @@ def all_finite(x: Tensor) -> bool:
     if not is_compiling() and not native.silent:
         native.announce(x.device)
     return bool(_all_finite(x).item())
+
+
+def _check_ef_segments(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> None:
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("residual", residual, checks.STATES)
+    checks.same_device("residual", residual, "grad", grad)
+    checks.segment_table(segments, count, grad)
+    if not is_compiling():
+        checks.apart("residual", residual, "grad", grad)
+        if not native.silent:
+            native.announce(grad.device)
+
+
+def _check_dgc_segments(grad: Tensor, u: Tensor, v: Tensor, segments: Tensor, count: int, momentum: float) -> None:
+    checks.flat("grad", grad, checks.FLOATS)
+    checks.flat("u", u, checks.STATES)
+    checks.flat("v", v, (u.dtype,))
+    checks.same_device("u", u, "grad", grad)
+    checks.same_size("v", v, "u", u)
+    checks.segment_table(segments, count, grad)
+    checks.momentum_range(momentum)
+    if not is_compiling():
+        checks.apart("u", u, "grad", grad)
+        checks.apart("v", v, "grad", grad)
+        checks.apart("v", v, "u", u)
+        if not native.silent:
+            native.announce(grad.device)

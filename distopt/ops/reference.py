@@ -79,6 +79,36 @@ def dgc_sparsify_segments_(
     return _in_each_segment(sparsify, grad, u, segments, count)
 
 
+def ef_take_segments_(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `distopt.ops.ef_take_segments_`."""
+
+    def sparsify() -> tuple[Tensor, Tensor]:
+        return ef_sparsify_segments_(grad, residual, segments, count)
+
+    return _take(sparsify, grad, residual, segments, count)
+
+
+def dgc_take_segments_(
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    count: int,
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    masking: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `distopt.ops.dgc_take_segments_`."""
+
+    def sparsify() -> tuple[Tensor, Tensor]:
+        return dgc_sparsify_segments_(
+            grad, u, v, segments, count, momentum=momentum, nesterov=nesterov, masking=masking
+        )
+
+    return _take(sparsify, grad, v, segments, count)
+
+
 def topk_abs_interleaved(x: Tensor, k: int, num_owners: int) -> tuple[Tensor, Tensor]:
     """See `distopt.ops.topk_abs_interleaved`."""
     chosen = [topk_abs(x[owner::num_owners], k) for owner in range(num_owners)]
@@ -119,6 +149,22 @@ def _in_each_segment(
         position += numel
         taken += k
     return values, indices
+
+
+def _take(
+    sparsify: Callable[[], tuple[Tensor, Tensor]], grad: Tensor, state: Tensor, segments: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.segment_rows(segments, count, grad.numel(), state.numel())
+    parts = [grad[start : start + numel] for start, numel, _ in segments.tolist()]
+    bad = next((row for row, part in enumerate(parts) if not all_finite(part)), -1)
+    if bad < 0:
+        values, indices = sparsify()
+        for part in parts:
+            part.zero_()
+    else:  # here nothing has happened; a kernel may have accumulated what is finite
+        values = torch.zeros(count, dtype=compute_dtype(state), device=grad.device)
+        indices = torch.arange(count, dtype=torch.int32, device=grad.device)
+    return values, indices, torch.tensor(bad, device=grad.device)
 
 
 def compute_dtype(state: Tensor) -> torch.dtype:

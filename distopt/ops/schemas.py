@@ -24,6 +24,13 @@ LIBRARY.define(
     "dgc_sparsify_segments_(Tensor grad, Tensor(a!) u, Tensor(b!) v, Tensor segments, int count, *, "
     "float momentum, bool nesterov=False, bool masking=True) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "ef_take_segments_(Tensor(a!) grad, Tensor(b!) residual, Tensor segments, int count) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "dgc_take_segments_(Tensor(a!) grad, Tensor(b!) u, Tensor(c!) v, Tensor segments, int count, *, "
+    "float momentum, bool nesterov=False, bool masking=True) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define("topk_abs_interleaved(Tensor x, int k, int num_owners) -> (Tensor, Tensor)")
 LIBRARY.define("scatter_add_(Tensor(a!) out, Tensor indices, Tensor values) -> ()")
 LIBRARY.define("all_finite(Tensor x) -> Tensor")  # one bool: an operator that returns a Python bool cannot be traced
@@ -68,6 +75,26 @@ def _fake_dgc_sparsify_segments(
     return _selected(v, count, reference.compute_dtype(v))
 
 
+def _fake_ef_take_segments(
+    grad: Tensor, residual: Tensor, segments: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_selected(residual, count, reference.compute_dtype(residual)), grad.new_empty((), dtype=torch.int64)
+
+
+def _fake_dgc_take_segments(
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    count: int,
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    masking: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_selected(v, count, reference.compute_dtype(v)), grad.new_empty((), dtype=torch.int64)
+
+
 def _fake_topk_abs_interleaved(x: Tensor, k: int, num_owners: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((num_owners, k)), x.new_empty((num_owners, k), dtype=torch.int32)
 
@@ -90,6 +117,8 @@ for _name, _kernel, _fake in (
     ("dgc_sparsify_", reference.dgc_sparsify_, _fake_dgc_sparsify),
     ("ef_sparsify_segments_", reference.ef_sparsify_segments_, _fake_ef_sparsify_segments),
     ("dgc_sparsify_segments_", reference.dgc_sparsify_segments_, _fake_dgc_sparsify_segments),
+    ("ef_take_segments_", reference.ef_take_segments_, _fake_ef_take_segments),
+    ("dgc_take_segments_", reference.dgc_take_segments_, _fake_dgc_take_segments),
     ("topk_abs_interleaved", reference.topk_abs_interleaved, _fake_topk_abs_interleaved),
     ("scatter_add_", reference.scatter_add_, _fake_scatter_add),
     ("all_finite", _all_finite, _fake_all_finite),

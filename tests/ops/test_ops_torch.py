@@ -22,6 +22,11 @@ OPERATORS = {
         (randn(), randn(dtype)[:45], randn(dtype)[:45], SEGMENTS, 5),
         {"momentum": 0.9},
     ),
+    "ef_take_segments_": lambda dtype: ((randn(), randn(dtype)[:45], SEGMENTS, 5), {}),
+    "dgc_take_segments_": lambda dtype: (
+        (randn(), randn(dtype)[:45], randn(dtype)[:45], SEGMENTS, 5),
+        {"momentum": 0.9, "nesterov": True},
+    ),
     "topk_abs_interleaved": lambda dtype: ((randn(dtype), 5, 3), {}),
     "scatter_add_": lambda dtype: ((randn(), I32, randn(dtype)[:10]), {}),
     "all_finite": lambda dtype: ((randn(dtype),), {}),
