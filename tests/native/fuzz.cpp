@@ -58,6 +58,19 @@ void fuzz_interleaved(const Call& call, Bytes& bytes) {
   }
 }
 
+// As above, and the gradient is left zero, or refused. Most bytes are finite, so what is not is also tried without.
+void fuzz_take(Call call, bool also_finite) {
+  call.take = true;
+  if (first_bad(call) >= 0) {
+    const std::string flaw = flaw_of_refusal(with_kernels(call, Threads(), true), call);
+    CHECK(flaw.empty(), flaw);
+    if (!also_finite) return;
+    make_finite(call);
+  }
+  const std::string what = difference(with_kernels(call, Threads(), true), reference(call), call);
+  CHECK(what.empty(), what);
+}
+
 void fuzz_scatter(const Call& call, Bytes& bytes) {
   const int64_t n = static_cast<int64_t>(bytes.number(1)), count = static_cast<int64_t>(call.v.size() / 4);
   const std::vector<int32_t> indices(reinterpret_cast<const int32_t*>(call.v.data()),
@@ -113,6 +126,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const bool as_segments = call.update != Update::kNone && (!single || options & 64);
     const std::string what = difference(with_kernels(call, Threads(), as_segments), reference(call), call);
     CHECK(what.empty(), what);
+    if (call.update != Update::kNone) fuzz_take(call, options & 2);
   }
   if (options & 128) fuzz_interleaved(call, bytes);
   fuzz_scatter(call, bytes);

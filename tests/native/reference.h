@@ -19,6 +19,7 @@ struct Call {
   DType state_dtype = DType::kFloat32;
   float momentum = 0;
   bool masking = false;
+  bool take = false;
   std::vector<uint8_t> grad, u, v;
   std::vector<Segment> segments;  // with kNone: one, all of v
 
@@ -29,9 +30,10 @@ struct Call {
 
 // What it leaves and returns.
 struct Result {
-  std::vector<uint8_t> u, v;
+  std::vector<uint8_t> grad, u, v;
   std::vector<uint8_t> values;
   std::vector<int32_t> indices;
+  int64_t bad = -1;
 };
 
 int64_t size_of(DType dtype);
@@ -42,12 +44,21 @@ std::vector<int32_t> largest(const std::vector<uint8_t>& x, DType dtype, int64_t
 
 Result reference(Call call);
 
+// The first segment whose gradient is not finite; -1 if there is none.
+int64_t first_bad(const Call& call);
+
+// Replaces what is not finite in the gradient, inside the segments.
+void make_finite(Call& call);
+
 // By sparsify_segments, or, for a single segment that starts at 0, by sparsify. Buffers are exactly as long as they
 // have to be, so that a sanitizer sees what lies outside.
 Result with_kernels(Call call, const Threads& threads, bool as_segments);
 
 // Empty if equal; NaN equals NaN.
 std::string difference(const Result& a, const Result& b, const Call& call);
+
+// What is wrong with the result of a call with `take` whose gradient has a first_bad; empty if nothing.
+std::string flaw_of_refusal(const Result& found, const Call& call);
 
 // Runs the call on every path of this machine, alone and with threads, and compares; aborts on a difference.
 void check_everywhere(const Call& call);

@@ -61,6 +61,46 @@ TEST(small_and_large_segments_with_threads) {
   check_everywhere(both);
 }
 
+TEST(a_gradient_is_taken) {
+  Random random(13);
+  for (const Kind kind : kKinds) {
+    for (int round = 0; round < 4; ++round) {
+      Call made = bucket(kind, static_cast<int64_t>(random() % 12), 300, random);
+      made.take = true;
+      check_everywhere(made);
+      make_finite(made);
+      check_everywhere(made);
+    }
+  }
+  for (const int64_t longest : {9000, 280000}) {
+    Call made = bucket(Kind::kTies, 6, longest, random);
+    made.take = true;
+    make_finite(made);
+    check_everywhere(made);
+  }
+}
+
+// One entry that is not finite, at any place of any segment; alone, and with others behind it.
+TEST(a_gradient_that_is_not_finite_stays_out) {
+  Random random(14);
+  for (const int64_t longest : {40, 300, 300, 3000, 280000}) {
+    for (int round = 0; round < (longest > 3000 ? 2 : 12); ++round) {
+      Call made = bucket(kKinds[random() % 3], longest > 3000 ? 4 : 150, longest, random);
+      made.take = true;
+      make_finite(made);
+      for (int64_t wanted = 1 + static_cast<int64_t>(random() % 3); wanted > 0; --wanted) {
+        const Segment& segment = made.segments[random() % made.segments.size()];
+        if (segment.numel == 0) continue;
+        const int64_t size = size_of(made.grad_dtype);
+        const auto at = static_cast<int64_t>(segment.start + random() % segment.numel);
+        made.grad[at * size + size - 1] = random() & 1 ? 0x7f : 0xff;
+        made.grad[at * size + size - 2] = 0xff;
+      }
+      check_everywhere(made);
+    }
+  }
+}
+
 TEST(tables_that_lead_outside_are_refused) {
   constexpr int64_t kHuge = std::numeric_limits<int64_t>::max(), kLeast = std::numeric_limits<int64_t>::min();
   const auto refused = [](std::vector<Segment> rows, int64_t row, int64_t states = 8, int64_t count = 2) {

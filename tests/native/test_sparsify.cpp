@@ -59,7 +59,7 @@ TEST(long_enough_for_three_threads) {
 // The ways agree where the sizes would not have chosen them.
 TEST(each_way_for_any_size) {
   Random random(4);
-  using Way = void (*)(const Job&, int64_t, int64_t, const Threads&, int32_t*);
+  using Way = bool (*)(const Job&, int64_t, int64_t, const Threads&, int32_t*);
   for (const Kind kind : kKinds) {
     for (const int64_t n : {1, 64, 1000, 20000, 140000}) {
       const int64_t blocks = (n + kBlock - 1) / kBlock;
@@ -70,7 +70,7 @@ TEST(each_way_for_any_size) {
         for (const int64_t num_threads : {1, 2}) {
           Call copy = made;
           std::vector<int32_t> found(k);
-          way(copy.job(), n, k, some_threads(num_threads), found.data());
+          CHECK(way(copy.job(), n, k, some_threads(num_threads), found.data()), "nothing is taken");
           CHECK(found == expected.indices, "n " + std::to_string(n) + ", k " + std::to_string(k));
         }
       }
