@@ -70,7 +70,14 @@ options = st.fixed_dictionaries(
     {"momentum": st.sampled_from([0.0, 0.5, 0.9]), "nesterov": st.booleans(), "masking": st.booleans()}
 )
 buckets = st.builds(
-    Bucket, st.sampled_from(["dgc", "ef"]), rows, st.sampled_from(sorted(KINDS)), seeds, scales, grad_dtypes, state_dtypes
+    Bucket,
+    st.sampled_from(["dgc", "ef"]),
+    rows,
+    st.sampled_from(sorted(KINDS)),
+    seeds,
+    scales,
+    grad_dtypes,
+    state_dtypes,
 )
 
 
@@ -124,6 +131,7 @@ def test_nothing_that_is_not_finite_gets_in(bucket, options, path, data):
     filled = [row for row, (_, numel, _) in enumerate(bucket.segments.tolist()) if numel]
     if not filled:
         return
+    bucket.grad.clamp_(-6e4, 6e4)  # so that no sum of what is finite overflows
     chosen = data.draw(st.lists(st.sampled_from(filled), min_size=1, max_size=3))
     for row in chosen:
         part = bucket.part(row)
