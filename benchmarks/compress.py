@@ -11,8 +11,10 @@ by the floor of its own round: `u.mul_(m).add_(g); v.add_(u)`, which any momentu
   strided samples, refined until 0.8 k to 1.3 k pass, masking by the mask; not exact.
 
 Then, taking turns in the same way: the kernel with one and with two threads; 1,000 tensors of 1,000 entries in one call
-beside one tensor of as many; the k largest of each of 8 owners in one call beside as many largest of all. Last, the
-kernel's selection is compared to `distopt.ops.reference` at the largest size, and what the kernels counted is kept.
+beside one tensor of as many; the k largest of each of 8 owners in one call beside as many largest of all; a bucket
+checked, selected from and cleared in one call (`ops.dgc_take_segments_`, `ops.ef_take_segments_`), beside the three
+calls and the selection alone. Last, the kernel's selection is compared to `distopt.ops.reference` at the largest size,
+and what the kernels counted is kept.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from distopt.ops import reference
 SIZES = (262_144, 2_359_296, 25_557_032)  # 512x512, a 3x3 convolution of 512 channels, all of ResNet-50
 DENSITIES = (0.001, 0.01, 0.25)  # 25% is the first stage of the warm-up
 MOMENTUM = 0.9
+STATES = {"dgc": ("u", "v"), "ef": ("residual",)}
 
 
 def floor(g: Tensor, u: Tensor, v: Tensor, k: int) -> None:
@@ -92,11 +95,20 @@ def take_out(u: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 CONTENDERS: dict[str, Callable[..., object]] = {"kernel": kernel, "floor": floor, "topk": topk, "sampling": sampling}
 
 
-def take_turns(contenders: dict[str, Callable[[int], object]], base: str, repeats: int) -> dict[str, object]:
-    """Milliseconds per contender and round, and each round's ratio to the base; contenders get the round's number."""
+def take_turns(
+    contenders: dict[str, Callable[[int], object]],
+    base: str,
+    repeats: int,
+    prepare: Callable[[], object] = lambda: None,
+) -> dict[str, object]:
+    """Milliseconds per contender and round, and each round's ratio to the base; contenders get the round's number.
+
+    `prepare` runs before each, and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(repeats + 2):
         for name, contender in contenders.items():
+            prepare()
             start = time.perf_counter()
             contender(i)
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -180,6 +192,29 @@ def measure_owners(numel: int, density: float, num_owners: int, repeats: int) ->
     }
     turns = take_turns(contenders, "topk_abs", repeats)
     return {"numel": numel, "num_owners": num_owners, "k_each": k} | turns
+
+
+def measure_taking(op: str, numel: int, density: float, repeats: int) -> dict[str, object]:
+    """A bucket to the update it becomes: check, selection and zeros in one call, in three, and the selection alone."""
+    k = math.ceil(numel * density)
+    source = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    bucket, segments = source.clone(), torch.tensor([(0, numel, k)])
+    states = {name: [torch.zeros(numel) for _ in STATES[op]] for name in ("one_call", "three_calls", "sparsify")}
+    options = {"momentum": MOMENTUM} if op == "dgc" else {}
+    sparsify, take = getattr(ops, f"{op}_sparsify_segments_"), getattr(ops, f"{op}_take_segments_")
+
+    def in_three_calls(_: int) -> None:
+        ops.all_finite(bucket)
+        sparsify(bucket, *states["three_calls"], segments, k, **options)
+        bucket.zero_()
+
+    contenders = {
+        "one_call": lambda _: take(bucket, *states["one_call"], segments, k, **options),
+        "three_calls": in_three_calls,
+        "sparsify": lambda _: sparsify(bucket, *states["sparsify"], segments, k, **options),
+    }
+    turns = take_turns(contenders, "sparsify", repeats, lambda: bucket.copy_(source))
+    return {"op": op, "numel": numel, "density": density, "k": k} | turns
 
 
 EXACT = {  # at the largest size, where a reference by sorting takes seconds
@@ -283,6 +318,12 @@ def main() -> None:
     print("largest of each of 8 owners: ratio to as many largest of all")
     report["owners"] = measure_owners(SIZES[-1], 0.001, 8, args.repeats)
     show(report["owners"], "topk_abs", f"{SIZES[-1]:,} by 8")
+    print("check, selection and zeros: ratio to the selection alone")
+    report["taking"] = []
+    for op in STATES:
+        for numel in (10_000_000, SIZES[-1]):
+            report["taking"].append(measure_taking(op, numel, 0.001, args.repeats))
+            show(report["taking"][-1], "sparsify", f"{op} {numel:,}")
     report["selection_counts"] = asdict(ops.selection_counts())
     print(f"counted: {ops.selection_counts()}")
     report["exact"] = check_exact(SIZES[-1], DENSITIES[:2])

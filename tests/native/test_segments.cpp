@@ -101,6 +101,26 @@ TEST(a_gradient_that_is_not_finite_stays_out) {
   }
 }
 
+// What a large segment, divided among the threads, had given is put back when a later one is not finite.
+TEST(a_large_segment_gives_nothing_when_a_later_one_is_bad) {
+  Random random(15);
+  for (const int64_t numel : {100, 270000}) {
+    for (int round = 0; round < 3; ++round) {
+      Call made = bucket(Kind::kNormal, 0, 0, random);
+      made.take = true;
+      made.segments = {{0, 10, 3}, {11, 270000, 300}, {270020, numel, numel / 10}};
+      made.grad = tensor(Kind::kNormal, made.grad_dtype, 270020 + numel, random);
+      made.v = tensor(Kind::kNormal, made.state_dtype, 270010 + numel, random);
+      if (made.update != Update::kAccumulate) made.u = tensor(Kind::kNormal, made.state_dtype, 270010 + numel, random);
+      make_finite(made);
+      check_everywhere(made);
+      made.grad[(270020 + numel / 2) * size_of(made.grad_dtype) + size_of(made.grad_dtype) - 1] = 0x7f;
+      made.grad[(270020 + numel / 2) * size_of(made.grad_dtype) + size_of(made.grad_dtype) - 2] = 0xff;
+      check_everywhere(made);
+    }
+  }
+}
+
 TEST(tables_that_lead_outside_are_refused) {
   constexpr int64_t kHuge = std::numeric_limits<int64_t>::max(), kLeast = std::numeric_limits<int64_t>::min();
   const auto refused = [](std::vector<Segment> rows, int64_t row, int64_t states = 8, int64_t count = 2) {
