@@ -268,7 +268,13 @@ def test_whatever_happens_nothing_goes_on_running(hosts, environment, marker, op
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_what_it_started(hosts, environment, marker, how):
     arguments = command("run", 2, "--", "bash", "-c", JOB, "job", marker)
-    running = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(how, signal.SIG_DFL),  # a job in the background ignores SIGINT, for good
+    )
     wait_until(lambda: len(processes(marker)) >= 4)
     busy = cluster("run", 2, "--", "true", env=environment)
     assert (busy.returncode, f"a run is under way in cluster '{NAME}'" in busy.stderr) == (2, True)
