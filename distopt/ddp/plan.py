@@ -304,7 +304,7 @@ def _on_route(
     if route == "hierarchical":
         second = layout(numel, count, with_status=False)
     elif route == "allgather":
-        first = layout(numel, count)
+        first, second = layout(numel, count), None
         num_dense = sum(slot.numel * slot.num_outgoing for slot in slots if not slot.k)
         if (place.num_ranks - 1) * num_dense * dense_dtype.itemsize <= SMALL_NBYTES:
             first = dataclasses.replace(first, num_dense=num_dense, dense_dtype=dense_dtype)
