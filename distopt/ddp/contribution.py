@@ -12,7 +12,7 @@ from distopt.ddp.groups import Group, Groups
 from distopt.ddp.plan import BucketPlan
 
 
-class NonFiniteFound(Exception):  # noqa: N818  # a signal inside this family, not an error for users
+class NonFiniteSlotError(Exception):
     """NaN or Inf has turned up while a gradient was taken in; `position` is that of the slot in the bucket."""
 
     def __init__(self, position: int) -> None:
@@ -72,7 +72,7 @@ def select(plan: BucketPlan, groups: Groups, gradients: Tensor, *, takes: bool =
         Bucket positions, int32, ascending, and the values as they travel; both of shape (count,).
 
     Raises:
-        NonFiniteFound: With `takes`: a gradient is not finite.
+        NonFiniteSlotError: With `takes`: a gradient is not finite.
     """
     chosen = []
     for group in groups.sparse:
@@ -95,11 +95,11 @@ def select(plan: BucketPlan, groups: Groups, gradients: Tensor, *, takes: bool =
 
 
 def take(plan: BucketPlan, group: Group, gradients: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`Memory.take_` for a group; raises `NonFiniteFound` with the first of its slots that is not finite."""
+    """`Memory.take_` for a group; raises `NonFiniteSlotError` with the first of its slots that is not finite."""
     values, indices, bad = group.memory.take_(gradients, segments, count)
     number = int(bad)
     if number >= 0:
-        raise NonFiniteFound(plan.slots.index(group.slots[number]))
+        raise NonFiniteSlotError(plan.slots.index(group.slots[number]))
     return values, indices
 
 
@@ -109,7 +109,7 @@ def add_dense_part(
     """Fills in what is all-reduced: this rank's share of the average, 1/N of its own values, in the wire's dtype.
 
     Raises:
-        NonFiniteFound: With `checks`: a gradient that goes whole is not finite.
+        NonFiniteSlotError: With `checks`: a gradient that goes whole is not finite.
     """
     share = 1.0 / plan.num_ranks
     parts = [part for group in groups.whole for part in group.memory_now().outgoing(group.gather(buffer))]
@@ -136,7 +136,7 @@ def _check_whole(plan: BucketPlan, groups: Groups, buffer: Tensor) -> None:
         return
     for position, slot in enumerate(plan.slots):
         if not slot.k and not ops.all_finite(slot.of(buffer)):
-            raise NonFiniteFound(position)
+            raise NonFiniteSlotError(position)
 
 
 def _remember_errors(plan: BucketPlan, groups: Groups, error: Tensor, made: Contribution) -> None:

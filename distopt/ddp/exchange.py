@@ -48,6 +48,7 @@ class Exchange:
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._groups: dict[BucketPlan, Groups] = {}
         self._open: set[InFlight] = set()
+        self._aborted = False
         self._kept = KeptUntilDone()
         self._lock = threading.Lock()
 
@@ -73,7 +74,13 @@ class Exchange:
             began=time.perf_counter(),
         )
         with self._lock:
-            self._open.add(item)
+            aborted = self._aborted
+            if not aborted:
+                self._open.add(item)
+        if aborted:  # while this bucket was handed over: nobody else will complete it
+            item.buffer.zero_()
+            item.complete()
+            return item.future
         self._statistics.add(
             bytes_sent=plan.sent_bytes,
             bytes_dense=4 * plan.numel,
@@ -95,6 +102,7 @@ class Exchange:
         """Completes every open bucket with zeros, and all that come, whatever their collectives do; keeps the error."""
         self.failure = self.failure or error
         with self._lock:
+            self._aborted = True
             items, self._open = self._open, set()
         for item in items:
             item.buffer.zero_()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from distopt.comm import Channels, all_gather, all_reduce_sum, await_at_exit
-from distopt.ddp.contribution import Contribution, NonFiniteFound, add_dense_part, nothing, select
+from distopt.ddp.contribution import Contribution, NonFiniteSlotError, add_dense_part, nothing, select
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.statistics import Statistics
 
@@ -81,6 +81,6 @@ def _contribute(item: InFlight) -> Contribution:
         made.indices, made.values = select(plan, groups, buffer, takes=True)
         item.gradients_are_taken()
         return made
-    except NonFiniteFound as found:
+    except NonFiniteSlotError as found:
         item.found_nonfinite(found.position)
         return nothing(plan, buffer)

@@ -27,7 +27,7 @@ from distopt import ops
 from distopt.comm import Channels, all_gather, all_reduce_sum, all_to_all
 from distopt.compress import Header, round_to_wire
 from distopt.ddp.arrival import check_steps, nonfinite_reports, unused_slots
-from distopt.ddp.contribution import Contribution, NonFiniteFound, add_dense_part, take, zeros_for_dense_part
+from distopt.ddp.contribution import Contribution, NonFiniteSlotError, add_dense_part, take, zeros_for_dense_part
 from distopt.ddp.groups import Groups
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.plan import Slot
@@ -93,7 +93,7 @@ def contribute(item: InFlight) -> tuple[Tensor, Tensor]:
         item.take_snapshots()
         try:
             _take_in(item)
-        except NonFiniteFound as found:
+        except NonFiniteSlotError as found:
             item.found_nonfinite(found.position)
     if item.header.nonfinite:
         buffer.zero_()
