@@ -262,8 +262,7 @@ start() { # host, number of hosts, run, core or nothing, command
 wait_for_agents() {
   local left=("${agents[@]}") first=0 ended status
   if [ -n "$deadline" ]; then
-    sleep "$deadline" &
-    timer=$!
+    start_timer "$deadline"
   fi
   while [ ${#left[@]} -gt 0 ]; do
     status=0
@@ -290,15 +289,27 @@ wait_for_agents() {
 start_grace() {
   if [ -n "$timer" ]; then
     [ "$grace" -lt "$((deadline - SECONDS))" ] || return 0 # the deadline comes first
-    kill "$timer" 2>/dev/null || true
+    stop_timer
   fi
-  sleep "$grace" &
+  start_timer "$grace"
+}
+
+start_timer() { # seconds
+  sleep "$1" >/dev/null 2>&1 &
   timer=$!
+}
+
+# KILL, because a child that bash has forked but not yet replaced by sleep still runs bash's own traps and loses a TERM.
+stop_timer() {
+  [ -n "$timer" ] || return 0
+  disown "$timer" # else bash reports that it was killed
+  kill -KILL "$timer" 2>/dev/null || true
+  timer=
 }
 
 finish() { # number of hosts, run
   trap '' INT TERM HUP EXIT
-  [ -z "$timer" ] || kill "$timer" 2>/dev/null || true
+  stop_timer
   # Agents that are asked end their workers; what is left after that is asked too.
   end_all "${agents[*]}"
   end_all "$(of_runs "$1" "$2")"
