@@ -8,10 +8,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/counters.h"
+#include "cpu/dense.h"
 #include "cpu/interleaved.h"
 #include "cpu/kernels.h"
 #include "cpu/scatter.h"
@@ -45,9 +49,14 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-void check_flat(const Tensor& t, const char* name) {
+void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.is_contiguous(), "distopt: ", name,
                   " must be 1-D and contiguous, on the CPU");
+}
+
+// What positions are counted of, in int32.
+void check_flat(const Tensor& t, const char* name) {
+  check_contiguous(t, name);
   STD_TORCH_CHECK(t.numel() <= 0x7fffffff, "distopt: ", name, " must have fewer than 2^31 elements, got ", t.numel());
 }
 
@@ -258,10 +267,74 @@ bool finite(const Tensor& x) {
 
 // A tensor of one bool, so that the op has a fake kernel; distopt.ops.all_finite makes a Python bool of it.
 Tensor all_finite(const Tensor& x) {
-  check_flat(x, "x");
+  check_contiguous(x, "x");
   Tensor result = torch::stable::new_empty(x, {}, ScalarType::Bool);
   *static_cast<bool*>(result.mutable_data_ptr()) = finite(x);
   return result;
+}
+
+float* check_float32(const Tensor& t, const char* name) {
+  check_contiguous(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "distopt: ", name, " must be float32");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+// Whether the entries fill one stretch of memory, in whatever order.
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) > 1) steps.emplace_back(t.stride(i), t.size(i));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+Tensor scale_(const Tensor& x, double factor) {
+  float* data = check_float32(x, "x");
+  Tensor result = torch::stable::new_empty(x, {}, ScalarType::Bool);
+  *static_cast<bool*>(result.mutable_data_ptr()) =
+      distopt::cpu::scale(data, x.numel(), static_cast<float>(factor), threads());
+  return result;
+}
+
+void momentum_step_(const Tensor& grad, const Tensor& u, double momentum, bool nesterov) {
+  float* g = check_float32(grad, "grad");
+  float* velocity = check_float32(u, "u");
+  STD_TORCH_CHECK(grad.numel() == u.numel(), "distopt: u and grad differ in size");
+  distopt::cpu::momentum(g, velocity, grad.numel(), static_cast<float>(momentum), nesterov, threads());
+}
+
+void decay_step_(const Tensor& update, std::vector<int64_t> starts, std::vector<Tensor> buffers,
+                 std::vector<Tensor> parameters, double rate, double momentum, bool nesterov) {
+  float* to = check_float32(update, "update");
+  STD_TORCH_CHECK(starts.size() == buffers.size() && starts.size() == parameters.size(),
+                  "distopt: starts, buffers and parameters differ in number");
+  for (size_t i = 0; i < starts.size(); ++i) {
+    check_float32(buffers[i], "a buffer");
+    const int64_t n = buffers[i].numel();
+    STD_TORCH_CHECK(starts[i] >= 0 && starts[i] <= update.numel() - n, "distopt: parameter ", i,
+                    " does not lie inside update");
+    STD_TORCH_CHECK(parameters[i].is_cpu() && parameters[i].numel() == n, "distopt: parameter ", i,
+                    " and its buffer differ in size or device");
+    STD_TORCH_CHECK(is_dense(parameters[i]), "distopt: parameter ", i, " is not dense in memory");
+    dtype_of(parameters[i], "a parameter");
+  }
+  for (size_t i = 0; i < starts.size(); ++i) {
+    const distopt::cpu::Decay job{to + starts[i],
+                                  static_cast<float*>(buffers[i].mutable_data_ptr()),
+                                  parameters[i].const_data_ptr(),
+                                  dtype_of(parameters[i], "a parameter"),
+                                  static_cast<float>(rate),
+                                  static_cast<float>(momentum),
+                                  nesterov};
+    distopt::cpu::decay(job, buffers[i].numel(), threads());
+  }
 }
 
 // The path in use after asking for `path` (kernels.h; -1 only asks). Unavailable: no change.
@@ -289,6 +362,9 @@ STABLE_TORCH_LIBRARY_IMPL(distopt, CPU, m) {
   m.impl("topk_abs_interleaved", TORCH_BOX(&topk_abs_interleaved));
   m.impl("scatter_add_", TORCH_BOX(&scatter_add_));
   m.impl("all_finite", TORCH_BOX(&all_finite));
+  m.impl("scale_", TORCH_BOX(&scale_));
+  m.impl("momentum_step_", TORCH_BOX(&momentum_step_));
+  m.impl("decay_step_", TORCH_BOX(&decay_step_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(distopt, CompositeExplicitAutograd, m) {

@@ -22,6 +22,7 @@ struct Float16 {
 // |x| as an integer that orders like |x|. All NaN share one key above infinity, whatever their payload.
 inline constexpr int32_t kAbsMask = 0x7fffffff;
 inline constexpr int32_t kNanKey = 0x7f800001;
+inline constexpr int32_t kLargestFiniteKey = 0x7f7fffff;
 
 namespace {  // one copy per translation unit: each is compiled for another instruction set
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "dense.h"
 #include "job.h"
 #include "select.h"
 
@@ -26,6 +27,10 @@ struct Kernels {
   bool (*finite16)(const uint16_t* words, int64_t n, uint16_t exponent);
   bool (*finite32)(const uint32_t* words, int64_t n);
   bool (*finite64)(const uint64_t* words, int64_t n);
+  // Elements [begin, end) of what dense.h says.
+  bool (*scale)(float* x, int64_t begin, int64_t end, float factor);
+  void (*momentum)(float* g, float* u, int64_t begin, int64_t end, float m, bool nesterov);
+  void (*decay)(const Decay& job, int64_t begin, int64_t end);
 };
 
 enum Path : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };

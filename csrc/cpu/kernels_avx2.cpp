@@ -12,6 +12,7 @@
 #pragma GCC target("avx2,f16c")
 #endif
 
+#include "dense_pass.h"
 #include "pass.h"
 
 namespace distopt::cpu {
@@ -83,7 +84,7 @@ struct Avx2Vec {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    pass_any<Avx2Vec>, maxima_any<Avx2Vec>, collect_any<Avx2Vec>, count_above_any, finite16, finite32, finite64};
+    pass_any<Avx2Vec>, maxima_any<Avx2Vec>, collect_any<Avx2Vec>, count_above_any, finite16, finite32, finite64, scale_any<Avx2Vec>, momentum_any<Avx2Vec>, decay_any<Avx2Vec>};
 
 }  // namespace distopt::cpu
 

@@ -13,6 +13,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarm of GCC 12 inside its own intrinsics (bug 105593)
 #endif
 
+#include "dense_pass.h"
 #include "pass.h"
 
 namespace distopt::cpu {
@@ -74,7 +75,7 @@ struct Avx512Vec {
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    pass_any<Avx512Vec>, maxima_any<Avx512Vec>, collect_any<Avx512Vec>, count_above_any, finite16, finite32, finite64};
+    pass_any<Avx512Vec>, maxima_any<Avx512Vec>, collect_any<Avx512Vec>, count_above_any, finite16, finite32, finite64, scale_any<Avx512Vec>, momentum_any<Avx512Vec>, decay_any<Avx512Vec>};
 
 }  // namespace distopt::cpu
 

@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "kernels.h"
+#include "dense_pass.h"
 #include "pass.h"
 
 namespace distopt::cpu {
@@ -71,7 +72,7 @@ struct NeonVec {
 }  // namespace
 
 const Kernels kNeonKernels = {
-    pass_any<NeonVec>, maxima_any<NeonVec>, collect_any<NeonVec>, count_above_any, finite16, finite32, finite64};
+    pass_any<NeonVec>, maxima_any<NeonVec>, collect_any<NeonVec>, count_above_any, finite16, finite32, finite64, scale_any<NeonVec>, momentum_any<NeonVec>, decay_any<NeonVec>};
 
 }  // namespace distopt::cpu
 #endif  // __aarch64__

@@ -15,8 +15,6 @@
 namespace distopt::cpu {
 namespace {
 
-constexpr int32_t kLargestFiniteKey = 0x7f7fffff;
-
 // Whether kVecs vectors of a gradient from p on hold neither NaN nor Inf.
 template <class Vec, int kVecs, class G>
 inline bool finite(const G* p) {

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from distopt import ops
 from distopt.compress import Header
-from distopt.ddp.decay import apply_decay_
 from distopt.ddp.groups import Group
 from distopt.ddp.inflight import InFlight
-from distopt.ddp.parameters import shaped_like
+from distopt.ddp.parameters import is_dense_in_memory
 from distopt.ddp.plan import BucketPlan, Slot
 from distopt.errors import DesyncError
 
@@ -70,12 +69,20 @@ def write_update(item: InFlight) -> None:
 
 def _decay(slots: Sequence[Slot], update: Tensor) -> None:
     """Adds weight decay with the same settings to the updates of these slots."""
-    parameters = [slot.tracked.parameter.detach() for slot in slots]
-    # not the bucket's own views, which DDP makes row-major whatever order the memory is in
-    updates = [shaped_like(slot.of(update), parameter) for slot, parameter in zip(slots, parameters, strict=True)]
     decays = [slot.tracked.decay for slot in slots if slot.tracked.decay is not None]
-    if decays:
-        apply_decay_(decays, updates, parameters)
+    if not decays:
+        return
+    parameters = [slot.tracked.parameter for slot in slots]
+    ops.decay_step_(
+        update,
+        [slot.start for slot in slots],
+        [decay.buffer for decay in decays],
+        # the update of a parameter with gaps in memory is row-major, see shaped_like
+        [parameter if is_dense_in_memory(parameter) else parameter.contiguous() for parameter in parameters],
+        rate=decays[0].rate,
+        momentum=decays[0].momentum,
+        nesterov=decays[0].nesterov,
+    )
 
 
 def _settle(item: InFlight, reduced: Tensor, update: Tensor, unused: frozenset[Slot]) -> None:

@@ -115,7 +115,11 @@ def add_dense_part(
     parts = [part for group in groups.whole for part in group.memory_now().outgoing(group.gather(buffer))]
     in_place = len(parts) == 1 and parts[0].data_ptr() == buffer.data_ptr() and parts[0].numel() == buffer.numel()
     if in_place and plan.dense_dtype == buffer.dtype:
-        made.dense = buffer.mul_(share)
+        made.dense = buffer
+        if not checks:
+            buffer.mul_(share)
+        elif not ops.scale_(buffer, share):
+            _check_whole(plan, groups, buffer)
         return
     if plan.route == "dense":
         scattered = torch.zeros(plan.numel, dtype=made.values.dtype, device=buffer.device)

@@ -5,8 +5,6 @@ is added to the local gradient competes with it for the few entries sent. So dec
 `d = m d + wd p` and the update gains d (Nesterov: `d = m (d + wd p)`, the update gains `d + wd p`).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -33,26 +31,3 @@ class DecayMomentum:
     def settings(self) -> tuple[float, float, bool]:
         """Rate, momentum and form: those with equal ones can be applied together."""
         return (self.rate, self.momentum, self.nesterov)
-
-
-def apply_decay_(decays: Sequence[DecayMomentum], updates: list[Tensor], parameters: list[Tensor]) -> None:
-    """Adds this step's decay to the updates of several parameters, in a few calls.
-
-    Args:
-        decays: All with the same settings.
-        updates: One each, of the parameter's shape, in whatever memory order; changed in place.
-        parameters: Their values; the buffers are read in the updates' memory order.
-    """
-    rate, momentum, nesterov = decays[0].settings
-    buffers = [
-        decay.buffer.as_strided(update.shape, update.stride()) for decay, update in zip(decays, updates, strict=True)
-    ]
-    if nesterov:
-        torch._foreach_add_(buffers, parameters, alpha=rate)
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(updates, buffers)
-        torch._foreach_add_(updates, parameters, alpha=rate)
-    else:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, parameters, alpha=rate)
-        torch._foreach_add_(updates, buffers)

@@ -11,13 +11,12 @@ from distopt import ops
 from distopt.comm import all_gather
 from distopt.ddp.arrival import NonFiniteReport
 from distopt.ddp.bucket import Bucket
-from distopt.ddp.parameters import LARGEST_INDEX
 from distopt.errors import NonFiniteGradientError
 
 
 def first_nonfinite(bucket: Bucket) -> int | None:
     """Position in the bucket of the first parameter whose gradient holds NaN or Inf, or None."""
-    if all(ops.all_finite(part) for part in bucket.buffer().split(LARGEST_INDEX)):
+    if ops.all_finite(bucket.buffer()):
         return None
     bad = (i for i, gradient in enumerate(bucket.gradients()) if not bool(torch.isfinite(gradient).all()))
     return next(bad, None)

@@ -145,7 +145,8 @@ class Memory(ABC):
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """Ends a dense step: takes the averages of `outgoing` in and returns the update, shape (numel,).
 
-        `error` is what rounding cut off this rank's own first outgoing tensor, if anything.
+        The averages are used up: the update may take the place of the first. `error` is what rounding cut off this
+        rank's own first outgoing tensor, if anything.
         """
 
 
@@ -352,6 +353,9 @@ class MomentumCorrection(Memory):
         if self.holds_back:
             self.u.copy_(averaged[1])
             self.holds_back = False
+            return averaged[0]
+        if averaged[0].dtype == self.u.dtype and self.u.dtype in (torch.float32, torch.float64):
+            ops.momentum_step_(averaged[0], self.u, momentum=self.momentum, nesterov=self.nesterov)
             return averaged[0]
         gradient = averaged[0].to(self.u.dtype)
         if self.nesterov:

@@ -100,8 +100,9 @@ class BucketPlan:
     predicted_s: float = math.nan
 
     def takes_gradients(self, device: torch.device) -> bool:
-        """Whether this rank alone uses the sparse gradients, on the CPU: then one pass checks and clears them too."""
-        return self.route in ("allgather", "balanced") and device.type == "cpu"
+        """Whether the pass that takes the gradients in also checks them, and clears those that only this rank uses."""
+        checks = self.route in ("allgather", "balanced") or (self.route == "whole" and self.layout is not None)
+        return checks and device.type == "cpu"
 
     @property
     def num_ranks(self) -> int:

@@ -16,8 +16,8 @@ SUMS = (torch.float32, torch.float64)
 INDICES = (torch.int32,)
 
 
-def flat(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """1-D, contiguous, not too long, one of the dtypes."""
+def flat(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], *, indexed: bool = True) -> None:
+    """1-D, contiguous, one of the dtypes, and, where indices of it are made, not too long for them."""
     if not isinstance(t, Tensor):
         raise ConfigError(f"{name} must be a tensor, got {type(t).__name__}; use torch.as_tensor")
     if t.dtype not in dtypes:
@@ -31,7 +31,7 @@ def flat(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ConfigError(f"{name} must be 1-D, got shape {tuple(t.shape)}; use .view(-1), which shares memory")
     if not t.is_contiguous():
         raise ConfigError(f"{name} must be contiguous, got stride {t.stride(0)}; use .contiguous() and copy back")
-    if t.numel() > MAX_NUMEL:
+    if indexed and t.numel() > MAX_NUMEL:
         raise ConfigError(
             f"{name} must have at most 2^31-1 elements (indices are int32), got {t.numel()}; split it with torch.chunk"
         )

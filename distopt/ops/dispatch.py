@@ -4,7 +4,8 @@ Limits: float64 gradients and states always run on the reference, which is as fa
 differentiable. Under torch.compile overlapping memory is not detected, and float64 segments break the graph.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ _dgc_take_segments_: Callable[..., Taken] = torch.ops.distopt.dgc_take_segments_
 _topk_abs_interleaved: Callable[[Tensor, int, int], Selection] = torch.ops.distopt.topk_abs_interleaved.default
 _scatter_add_: Callable[[Tensor, Tensor, Tensor], None] = torch.ops.distopt.scatter_add_.default
 _all_finite: Callable[[Tensor], Tensor] = torch.ops.distopt.all_finite.default
+_scale_: Callable[[Tensor, float], Tensor] = torch.ops.distopt.scale_.default
+_momentum_step_: Callable[..., None] = torch.ops.distopt.momentum_step_.default
+_decay_step_: Callable[..., None] = torch.ops.distopt.decay_step_.default
 
 
 def topk_abs(x: Tensor, k: int) -> Selection:
@@ -354,10 +358,112 @@ def all_finite(x: Tensor) -> bool:
     Raises:
         ConfigError: x breaks a rule above.
     """
-    checks.flat("x", x, checks.FLOATS)
+    checks.flat("x", x, checks.FLOATS, indexed=False)
     if not is_compiling() and not native.silent:
         native.announce(x.device)
     return bool(_all_finite(x).item())
+
+
+def scale_(x: Tensor, factor: float) -> bool:
+    """`x *= factor`, and whether x held neither NaN nor Inf, in one pass.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, shape (numel,), contiguous; updated.
+        factor: By what, finite.
+
+    Returns:
+        Whether x was finite before. If not, it still is not, and which of its entries have been scaled is not defined.
+
+    Raises:
+        ConfigError: an argument breaks a rule above.
+    """
+    checks.flat("x", x, checks.FLOATS, indexed=False)
+    if not math.isfinite(factor):
+        raise ConfigError(f"factor must be finite, got {factor}; 1.0 leaves x as it is")
+    if not is_compiling() and not native.silent:
+        native.announce(x.device)
+    if x.dtype is not torch.float32:
+        return reference.scale_(x, factor)
+    return bool(_scale_(x, factor).item())
+
+
+def momentum_step_(grad: Tensor, u: Tensor, *, momentum: float, nesterov: bool = False) -> None:
+    """The momentum step of SGD, which leaves its update in place of the gradient, in one pass.
+
+    `u = m u + g; g = u` (Nesterov: `u = m (u + g); g = u + g`).
+
+    Args:
+        grad: float32 or float64, shape (numel,), contiguous; becomes the update.
+        u: momentum, as grad; updated.
+        momentum: m, in [0, 1].
+        nesterov: look ahead.
+
+    Raises:
+        ConfigError: an argument breaks a rule above, or grad and u share memory.
+    """
+    checks.flat("grad", grad, checks.SUMS, indexed=False)
+    checks.flat("u", u, (grad.dtype,), indexed=False)
+    checks.same_size("u", u, "grad", grad)
+    checks.momentum_range(momentum)
+    if not is_compiling():
+        checks.apart("u", u, "grad", grad)
+        if not native.silent:
+            native.announce(grad.device)
+    if grad.dtype is torch.float64:
+        reference.momentum_step_(grad, u, momentum=momentum, nesterov=nesterov)
+    else:
+        _momentum_step_(grad, u, momentum=momentum, nesterov=nesterov)
+
+
+def decay_step_(
+    update: Tensor,
+    starts: Sequence[int],
+    buffers: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    rate: float,
+    momentum: float,
+    nesterov: bool = False,
+) -> None:
+    """Weight decay with a momentum d of its own, for many parameters p in one call and one pass over each.
+
+    `d = m d + wd p; update += d` (Nesterov: `d = m (d + wd p); update += d; update += wd p`). On the CPU in float32; other
+    dtypes and devices take torch's operations, a few for all parameters.
+
+    Args:
+        update: A flat bucket, float32 or float64, shape (numel,), contiguous; updated at the parameters' places.
+        starts: Where each parameter begins in it.
+        buffers: d of each, of the dtype of update, flat, contiguous; updated.
+        parameters: float32, bfloat16, float16 or float64, any shape, dense in memory; only read. Entries correspond to
+            those of update and d in the order in which they lie in memory.
+        rate: wd.
+        momentum: m, in [0, 1].
+        nesterov: look ahead.
+
+    Raises:
+        ConfigError: an argument breaks a rule above.
+    """
+    checks.flat("update", update, checks.SUMS, indexed=False)
+    checks.momentum_range(momentum)
+    if not len(starts) == len(buffers) == len(parameters):
+        raise ConfigError(
+            "starts, buffers and parameters must have one entry per parameter, got "
+            f"{len(starts)}, {len(buffers)} and {len(parameters)}; pass the lists of one bucket"
+        )
+    for start, d, p in zip(starts, buffers, parameters, strict=True):
+        if d.numel() != p.numel() or not 0 <= start <= update.numel() - d.numel():
+            raise ConfigError(
+                f"a parameter must lie inside update ({update.numel()} entries) and have a buffer of its size, got one "
+                f"of {p.numel()} entries from {start} with a buffer of {d.numel()}; use its place in the flat bucket"
+            )
+    if not is_compiling() and not native.silent:
+        native.announce(update.device)
+    with torch.no_grad():
+        if update.dtype is torch.float64 or any(p.dtype is torch.float64 for p in parameters):
+            run = reference.decay_step_
+        else:
+            run = _decay_step_
+        run(update, starts, buffers, parameters, rate=rate, momentum=momentum, nesterov=nesterov)
 
 
 def _check_ef_segments(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> None:

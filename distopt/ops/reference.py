@@ -131,6 +131,50 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
+def scale_(x: Tensor, factor: float) -> bool:
+    """See `distopt.ops.scale_`."""
+    finite = all_finite(x)
+    x.mul_(factor)
+    return finite
+
+
+def momentum_step_(grad: Tensor, u: Tensor, *, momentum: float, nesterov: bool = False) -> None:
+    """See `distopt.ops.momentum_step_`."""
+    if nesterov:
+        grad.add_(u.add_(grad).mul_(momentum))
+    else:
+        grad.copy_(u.mul_(momentum).add_(grad))
+
+
+def decay_step_(
+    update: Tensor,
+    starts: list[int],
+    buffers: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    rate: float,
+    momentum: float,
+    nesterov: bool = False,
+) -> None:
+    """See `distopt.ops.decay_step_`."""
+    # A few calls for all tensors. Each product and each sum rounds: add_(p, alpha=rate) may or may not be one rounding.
+    parts = [
+        update.as_strided(p.shape, p.stride(), update.storage_offset() + start)
+        for start, p in zip(starts, parameters, strict=True)
+    ]
+    states = [buffer.as_strided(p.shape, p.stride()) for buffer, p in zip(buffers, parameters, strict=True)]
+    added = torch._foreach_mul([p.to(d.dtype) for p, d in zip(parameters, states, strict=True)], rate)
+    if nesterov:
+        torch._foreach_add_(states, added)
+        torch._foreach_mul_(states, momentum)
+        torch._foreach_add_(parts, states)
+        torch._foreach_add_(parts, added)
+    else:
+        torch._foreach_mul_(states, momentum)
+        torch._foreach_add_(states, added)
+        torch._foreach_add_(parts, states)
+
+
 def _in_each_segment(
     sparsify: Callable[[Tensor, slice, int], tuple[Tensor, Tensor]],
     grad: Tensor,

@@ -34,6 +34,12 @@ LIBRARY.define(
 LIBRARY.define("topk_abs_interleaved(Tensor x, int k, int num_owners) -> (Tensor, Tensor)")
 LIBRARY.define("scatter_add_(Tensor(a!) out, Tensor indices, Tensor values) -> ()")
 LIBRARY.define("all_finite(Tensor x) -> Tensor")  # one bool: an operator that returns a Python bool cannot be traced
+LIBRARY.define("scale_(Tensor(a!) x, float factor) -> Tensor")
+LIBRARY.define("momentum_step_(Tensor(a!) grad, Tensor(b!) u, *, float momentum, bool nesterov=False) -> ()")
+LIBRARY.define(
+    "decay_step_(Tensor(a!) update, int[] starts, Tensor(b!)[] buffers, Tensor[] parameters, *, "
+    "float rate, float momentum, bool nesterov=False) -> ()"
+)
 LIBRARY.define("_device_errors(Tensor like) -> Tensor")  # CUDA kernels only, see distopt.ops.device_errors
 LIBRARY.define("_cpu_path(int path) -> int")  # native only, as the next, see distopt.ops.native
 LIBRARY.define("_selection_count(int counter) -> int")
@@ -111,6 +117,31 @@ def _all_finite(x: Tensor) -> Tensor:
     return torch.tensor(reference.all_finite(x), device=x.device)
 
 
+def _fake_scale(x: Tensor, factor: float) -> Tensor:
+    return x.new_empty((), dtype=torch.bool)
+
+
+def _scale(x: Tensor, factor: float) -> Tensor:
+    return torch.tensor(reference.scale_(x, factor), device=x.device)
+
+
+def _fake_momentum_step(grad: Tensor, u: Tensor, *, momentum: float, nesterov: bool = False) -> None:
+    return None
+
+
+def _fake_decay_step(
+    update: Tensor,
+    starts: list[int],
+    buffers: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    rate: float,
+    momentum: float,
+    nesterov: bool = False,
+) -> None:
+    return None
+
+
 for _name, _kernel, _fake in (
     ("topk_abs", reference.topk_abs, _fake_topk_abs),
     ("ef_sparsify_", reference.ef_sparsify_, _fake_ef_sparsify),
@@ -122,6 +153,9 @@ for _name, _kernel, _fake in (
     ("topk_abs_interleaved", reference.topk_abs_interleaved, _fake_topk_abs_interleaved),
     ("scatter_add_", reference.scatter_add_, _fake_scatter_add),
     ("all_finite", _all_finite, _fake_all_finite),
+    ("scale_", _scale, _fake_scale),
+    ("momentum_step_", reference.momentum_step_, _fake_momentum_step),
+    ("decay_step_", reference.decay_step_, _fake_decay_step),
 ):
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"distopt::{_name}", _fake, lib=LIBRARY)

@@ -78,8 +78,9 @@ def _contribute(item: InFlight) -> Contribution:
         return made
     try:
         add_dense_part(plan, groups, buffer, made, checks=True)
-        made.indices, made.values = select(plan, groups, buffer, takes=True)
-        item.gradients_are_taken()
+        if plan.count:
+            made.indices, made.values = select(plan, groups, buffer, takes=True)
+            item.gradients_are_taken()
         return made
     except NonFiniteSlotError as found:
         item.found_nonfinite(found.position)
