@@ -20,7 +20,8 @@ bool scale(float* x, int64_t n, float factor, const Threads& threads) {
 void momentum(float* g, float* u, int64_t n, float m, bool nesterov, const Threads& threads) {
   const auto& table = kernels();
   const Parts parts(n, threads);
-  threads.each(parts.count, [&](int64_t part) { table.momentum(g, u, parts.begin(part), parts.end(part), m, nesterov); });
+  threads.each(parts.count,
+               [&](int64_t part) { table.momentum(g, u, parts.begin(part), parts.end(part), m, nesterov); });
 }
 
 void decay(const Decay& job, int64_t n, const Threads& threads) {

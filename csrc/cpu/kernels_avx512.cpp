@@ -74,8 +74,16 @@ struct Avx512Vec {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    pass_any<Avx512Vec>, maxima_any<Avx512Vec>, collect_any<Avx512Vec>, count_above_any, finite16, finite32, finite64, scale_any<Avx512Vec>, momentum_any<Avx512Vec>, decay_any<Avx512Vec>};
+const Kernels kAvx512Kernels = {pass_any<Avx512Vec>,
+                                maxima_any<Avx512Vec>,
+                                collect_any<Avx512Vec>,
+                                count_above_any,
+                                finite16,
+                                finite32,
+                                finite64,
+                                scale_any<Avx512Vec>,
+                                momentum_any<Avx512Vec>,
+                                decay_any<Avx512Vec>};
 
 }  // namespace distopt::cpu
 

@@ -2,8 +2,8 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "kernels.h"
 #include "dense_pass.h"
+#include "kernels.h"
 #include "pass.h"
 
 namespace distopt::cpu {
@@ -72,7 +72,8 @@ struct NeonVec {
 }  // namespace
 
 const Kernels kNeonKernels = {
-    pass_any<NeonVec>, maxima_any<NeonVec>, collect_any<NeonVec>, count_above_any, finite16, finite32, finite64, scale_any<NeonVec>, momentum_any<NeonVec>, decay_any<NeonVec>};
+    pass_any<NeonVec>, maxima_any<NeonVec>, collect_any<NeonVec>,  count_above_any,   finite16, finite32,
+    finite64,          scale_any<NeonVec>,  momentum_any<NeonVec>, decay_any<NeonVec>};
 
 }  // namespace distopt::cpu
 #endif  // __aarch64__

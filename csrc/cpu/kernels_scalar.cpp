@@ -1,6 +1,6 @@
 // The portable path: four lanes of the compiler's own vectors (SSE2 on x86-64, NEON on aarch64, plain code elsewhere).
-#include "kernels.h"
 #include "dense_pass.h"
+#include "kernels.h"
 #include "pass.h"
 
 namespace distopt::cpu {
@@ -74,6 +74,9 @@ const Kernels kScalarKernels = {pass_any<PortableVec>,
                                 count_above_any,
                                 finite16,
                                 finite32,
-                                finite64, scale_any<PortableVec>, momentum_any<PortableVec>, decay_any<PortableVec>};
+                                finite64,
+                                scale_any<PortableVec>,
+                                momentum_any<PortableVec>,
+                                decay_any<PortableVec>};
 
 }  // namespace distopt::cpu

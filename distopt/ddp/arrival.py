@@ -9,9 +9,9 @@ from distopt import ops
 from distopt.compress import Header
 from distopt.ddp.groups import Group
 from distopt.ddp.inflight import InFlight
-from distopt.ddp.parameters import is_dense_in_memory
 from distopt.ddp.plan import BucketPlan, Slot
 from distopt.errors import DesyncError
+from distopt.ops.checks import is_dense_in_memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.memory import Memory
+from distopt.ops.checks import is_dense_in_memory
 
 LARGEST_INDEX = 2**31 - 1  # positions travel as int32
 
@@ -42,18 +43,6 @@ class TrackedParameter:
     density: float | None = None
     local_decay: float = 0.0
     hyperparameters: Hyperparameters = Hyperparameters()
-
-
-def is_dense_in_memory(tensor: Tensor) -> bool:
-    """Whether the tensor's entries fill one stretch of memory, in whatever order."""
-    if tensor.is_contiguous():  # the usual case, and asked for every parameter in every step
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def shaped_like(flat: Tensor, parameter: Tensor) -> Tensor:

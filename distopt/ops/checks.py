@@ -4,6 +4,8 @@ Every message gives the value, the rule and the remedy. What a payload from the 
 the caller can break is a ConfigError.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,47 @@ def segment_rows(segments: Tensor, count: int, grad_numel: int, state_numel: int
         )
     if selected != count:
         raise ConfigError(f"count must be the sum of all k ({selected}), got {count}; use int(segments[:, 2].sum())")
+
+
+def parameter_places(
+    update: Tensor, starts: Sequence[int], buffers: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> None:
+    """Every parameter inside update, dense in memory, and with a flat buffer of its size and of the dtype of update."""
+    if not len(starts) == len(buffers) == len(parameters):
+        raise ConfigError(
+            "starts, buffers and parameters must have one entry per parameter, got "
+            f"{len(starts)}, {len(buffers)} and {len(parameters)}; pass the lists of one bucket"
+        )
+    for start, buffer, parameter in zip(starts, buffers, parameters, strict=True):
+        flat("a buffer", buffer, (update.dtype,), indexed=False)
+        numel = parameter.numel()
+        if buffer.numel() != numel or not 0 <= start <= update.numel() - numel:
+            raise ConfigError(
+                f"a parameter must lie inside update ({update.numel()} entries) and have a buffer of its size, got one "
+                f"of {numel} entries from {start} with a buffer of {buffer.numel()}; use its place in the flat bucket"
+            )
+        if parameter.dtype not in FLOATS or parameter.dtype.itemsize > update.dtype.itemsize:
+            raise ConfigError(
+                f"a parameter must be floating point and not wider than update ({update.dtype}), got "
+                f"{parameter.dtype}; pass an update of its dtype"
+            )
+        if not is_dense_in_memory(parameter):
+            raise ConfigError(
+                f"a parameter must be dense in memory, got stride {parameter.stride()} for shape "
+                f"{tuple(parameter.shape)}; pass .contiguous()"
+            )
+
+
+def is_dense_in_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's entries fill one stretch of memory, in whatever order."""
+    if tensor.is_contiguous():  # the usual case, and asked for every parameter in every step
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def momentum_range(momentum: float) -> None:

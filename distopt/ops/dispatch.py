@@ -427,14 +427,14 @@ def decay_step_(
 ) -> None:
     """Weight decay with a momentum d of its own, for many parameters p in one call and one pass over each.
 
-    `d = m d + wd p; update += d` (Nesterov: `d = m (d + wd p); update += d; update += wd p`). On the CPU in float32; other
-    dtypes and devices take torch's operations, a few for all parameters.
+    `d = m d + wd p; update += d` (Nesterov: `d = m (d + wd p); update += d; update += wd p`). In float64, and on other
+    devices than the CPU, torch's operations do it, a few for all parameters.
 
     Args:
         update: A flat bucket, float32 or float64, shape (numel,), contiguous; updated at the parameters' places.
         starts: Where each parameter begins in it.
         buffers: d of each, of the dtype of update, flat, contiguous; updated.
-        parameters: float32, bfloat16, float16 or float64, any shape, dense in memory; only read. Entries correspond to
+        parameters: Floating point, not wider than update, any shape, dense in memory; only read. Entries correspond to
             those of update and d in the order in which they lie in memory.
         rate: wd.
         momentum: m, in [0, 1].
@@ -445,25 +445,17 @@ def decay_step_(
     """
     checks.flat("update", update, checks.SUMS, indexed=False)
     checks.momentum_range(momentum)
-    if not len(starts) == len(buffers) == len(parameters):
-        raise ConfigError(
-            "starts, buffers and parameters must have one entry per parameter, got "
-            f"{len(starts)}, {len(buffers)} and {len(parameters)}; pass the lists of one bucket"
-        )
-    for start, d, p in zip(starts, buffers, parameters, strict=True):
-        if d.numel() != p.numel() or not 0 <= start <= update.numel() - d.numel():
-            raise ConfigError(
-                f"a parameter must lie inside update ({update.numel()} entries) and have a buffer of its size, got one "
-                f"of {p.numel()} entries from {start} with a buffer of {d.numel()}; use its place in the flat bucket"
-            )
     if not is_compiling() and not native.silent:
         native.announce(update.device)
     with torch.no_grad():
-        if update.dtype is torch.float64 or any(p.dtype is torch.float64 for p in parameters):
-            run = reference.decay_step_
-        else:
-            run = _decay_step_
-        run(update, starts, buffers, parameters, rate=rate, momentum=momentum, nesterov=nesterov)
+        if update.dtype is torch.float64:
+            reference.decay_step_(update, starts, buffers, parameters, rate=rate, momentum=momentum, nesterov=nesterov)
+            return
+        try:
+            _decay_step_(update, starts, buffers, parameters, rate=rate, momentum=momentum, nesterov=nesterov)
+        except RuntimeError:  # checking first would cost more than small parameters do
+            checks.parameter_places(update, starts, buffers, parameters)
+            raise
 
 
 def _check_ef_segments(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> None:

@@ -3,7 +3,7 @@
 Runs on every device and dtype that torch has, also where no compiler was found. Written to be read, not to be fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -148,22 +148,23 @@ def momentum_step_(grad: Tensor, u: Tensor, *, momentum: float, nesterov: bool =
 
 def decay_step_(
     update: Tensor,
-    starts: list[int],
-    buffers: list[Tensor],
-    parameters: list[Tensor],
+    starts: Sequence[int],
+    buffers: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     *,
     rate: float,
     momentum: float,
     nesterov: bool = False,
 ) -> None:
     """See `distopt.ops.decay_step_`."""
+    checks.parameter_places(update, starts, buffers, parameters)
+    if not parameters:
+        return
     # A few calls for all tensors. Each product and each sum rounds: add_(p, alpha=rate) may or may not be one rounding.
-    parts = [
-        update.as_strided(p.shape, p.stride(), update.storage_offset() + start)
-        for start, p in zip(starts, parameters, strict=True)
-    ]
-    states = [buffer.as_strided(p.shape, p.stride()) for buffer, p in zip(buffers, parameters, strict=True)]
-    added = torch._foreach_mul([p.to(d.dtype) for p, d in zip(parameters, states, strict=True)], rate)
+    parts = [update[start : start + d.numel()] for start, d in zip(starts, buffers, strict=True)]
+    states = list(buffers)
+    in_memory_order = [p.as_strided((p.numel(),), (1,)).to(update.dtype) for p in parameters]
+    added = torch._foreach_mul(in_memory_order, rate)
     if nesterov:
         torch._foreach_add_(states, added)
         torch._foreach_mul_(states, momentum)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from distopt import ops
-from distopt.ddp import FlatBucket, finite
 from distopt.ddp.densities import choose_densities
 from distopt.errors import CompatibilityError
 
@@ -85,15 +83,3 @@ def test_a_tensor_too_large_for_int32_positions():
     assert "add it to skip=('embed.weight',) or split it" in message
     assert choose_densities(huge, 0.01, ("embed.weight",), {}) == {"embed.weight": None}
     assert choose_densities({"just.fits": shape(1, LARGEST)}, 0.01, (), {}) == {"just.fits": 0.01}
-
-
-def test_a_skipped_tensor_of_any_size_is_still_searched_for_nan(monkeypatch):
-    """In parts that the operators take; shown with parts of 10 entries instead of 2**31 - 1."""
-    searched = []
-    monkeypatch.setattr(finite, "LARGEST_INDEX", 10)
-    monkeypatch.setattr(ops, "all_finite", lambda part: searched.append(len(part)) or bool(part.isfinite().all()))
-    gradients = [torch.ones(7), torch.ones(4, 4)]
-    assert finite.first_nonfinite(FlatBucket(gradients, gradients)) is None
-    assert searched == [10, 10, 3]
-    gradients[1][3, 3] = torch.nan
-    assert finite.first_nonfinite(FlatBucket(gradients, gradients)) == 1

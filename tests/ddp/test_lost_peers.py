@@ -189,9 +189,9 @@ def on_life_cycle():
     gone = weakref.ref(attachment)
     counts.append(len(heartbeat_threads()) - before)
     del model, optimizer, attachment
-    gc.collect()
     end = time.monotonic() + 10
-    while len(heartbeat_threads()) > before and time.monotonic() < end:
+    while (gone() is not None or len(heartbeat_threads()) > before) and time.monotonic() < end:
+        gc.collect()  # again: a thread that was about to end may have held what held it
         time.sleep(0.01)
     counts.append(len(heartbeat_threads()) - before)
     dist.barrier()

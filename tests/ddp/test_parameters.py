@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.ddp import DGC, FlatBucket
-from distopt.ddp.parameters import flat_like, is_dense_in_memory, num_selected, shaped_like
+from distopt.ddp.parameters import flat_like, num_selected, shaped_like
+from distopt.ops.checks import is_dense_in_memory
 
 PARAMETERS = {
     "row-major": lambda: torch.randn(3, 4),

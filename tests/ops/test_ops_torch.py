@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distopt import ops
 from distopt.errors import ConfigError
@@ -9,6 +10,10 @@ from distopt.errors import ConfigError
 
 def randn(dtype=torch.float32):
     return torch.randn(50, dtype=dtype)
+
+
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
 
 
 I32 = torch.arange(0, 50, 5, dtype=torch.int32)
@@ -30,6 +35,17 @@ OPERATORS = {
     "topk_abs_interleaved": lambda dtype: ((randn(dtype), 5, 3), {}),
     "scatter_add_": lambda dtype: ((randn(), I32, randn(dtype)[:10]), {}),
     "all_finite": lambda dtype: ((randn(dtype),), {}),
+    "scale_": lambda dtype: ((randn(), 0.5), {}),
+    "momentum_step_": lambda dtype: ((randn(), randn()), {"momentum": 0.9, "nesterov": True}),
+    "decay_step_": lambda dtype: (
+        (
+            randn(wide(dtype)),
+            [3, 10],
+            [randn(wide(dtype))[:7], randn(wide(dtype))[:40]],
+            [randn(dtype)[:7], randn(dtype)[:40]],
+        ),
+        {"rate": 0.1, "momentum": 0.9},
+    ),
 }
 
 
@@ -48,12 +64,12 @@ def test_compiles_without_a_graph_break(name, dtype):
     args, kwargs = OPERATORS[name](dtype)
     if name == "scatter_add_" and dtype is torch.float64:
         args = (args[0].double(), *args[1:])
-    same = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    same = tree_map_only(torch.Tensor, torch.clone, args)
     function = getattr(ops, name)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):  # all_finite returns a Python bool
         got = torch.compile(function, fullgraph=True, backend="aot_eager")(*args, **kwargs)
     want = function(*same, **kwargs)
-    for a, b in zip(args, same, strict=True):
+    for a, b in zip(tree_leaves(args), tree_leaves(same), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     if isinstance(want, tuple):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
