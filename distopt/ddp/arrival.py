@@ -73,15 +73,17 @@ def _decay(slots: Sequence[Slot], update: Tensor) -> None:
     if not decays:
         return
     parameters = [slot.tracked.parameter for slot in slots]
+    # the update of a parameter with gaps in memory is row-major, see shaped_like
+    dense = [p if p.is_contiguous() or is_dense_in_memory(p) else p.contiguous() for p in parameters]
+    rate, momentum, nesterov = decays[0].settings
     ops.decay_step_(
         update,
         [slot.start for slot in slots],
         [decay.buffer for decay in decays],
-        # the update of a parameter with gaps in memory is row-major, see shaped_like
-        [parameter if is_dense_in_memory(parameter) else parameter.contiguous() for parameter in parameters],
-        rate=decays[0].rate,
-        momentum=decays[0].momentum,
-        nesterov=decays[0].nesterov,
+        dense,
+        rate=rate,
+        momentum=momentum,
+        nesterov=nesterov,
     )
 
 

@@ -87,6 +87,8 @@ class CommHook:
         self._tracked: Mapping[int, TrackedParameter] = {id(entry.parameter): entry for entry in tracked}
         self._names = [entry.name for entry in tracked]
         self._order = {entry.name: i for i, entry in enumerate(tracked)}
+        self._final_densities = sorted({entry.density for entry in tracked if entry.density is not None})
+        self._entries: dict[tuple[int, ...], list[TrackedParameter]] = {}
         self._plans: dict[tuple[object, ...], BucketPlan] = {}
         self._waiting: list[tuple[Bucket, BucketPlan, Future[Tensor]]] = []
         self._lock = threading.Lock()
@@ -148,11 +150,12 @@ class CommHook:
 
     def density_of(self, entry: TrackedParameter) -> float:
         """The density of a parameter in the step under way; 1.0 sends it whole."""
-        if entry.density is None or self.sends_whole:
+        return 1.0 if entry.density is None else self._density_on_the_way_to(entry.density)
+
+    def _density_on_the_way_to(self, final: float) -> float:
+        if self.sends_whole:
             return 1.0
-        if self._policy.warmup is None:
-            return entry.density
-        return self._policy.warmup.density_at(self.step, entry.density)
+        return self._policy.warmup.density_at(self.step, final) if self._policy.warmup else final
 
     def take_failure(self) -> DistoptError | None:
         """What went wrong in the latest step, once: the error to raise where the user can catch it."""
@@ -202,33 +205,43 @@ class CommHook:
 
     def _announce_flush(self, plan: BucketPlan) -> None:
         """Says, once, that what sparse steps held back now goes out (of a parameter without gradient: again later)."""
-        if any(not slot.k and slot.tracked.memory.holds_back for slot in plan.slots):
+        if any(slot.tracked.memory.holds_back for slot in plan.whole):
             if self.step > self._flushed_at + 1 and self._group.rank() == 0:
                 _log.warning("step %d sends gradients whole again, and with them all that was held back", self.step)
             self._flushed_at = self.step
 
     def _plan(self, bucket: Bucket) -> BucketPlan:
         try:
-            parameters, dtype = bucket.parameters(), bucket.buffer().dtype
-            entries = [self._tracked[id(parameter)] for parameter in parameters]
+            parameters, dtype = tuple(map(id, bucket.parameters())), bucket.buffer().dtype
         except AttributeError as error:
             raise CompatibilityError(
                 f"a communication hook must be given a gradient bucket, got {type(bucket).__name__}; "
                 'torch._dynamo.config.optimize_ddp = "python_reducer" does not give one: set it to True'
             ) from error
-        except KeyError as error:
-            raise CompatibilityError(
-                "a bucket holds a parameter that the model did not have at attach; detach and attach again after "
-                "changing the model"
-            ) from error
-        densities = tuple(self.density_of(entry) for entry in entries)
-        fates = tuple((entry.memory.num_outgoing, entry.memory.owes) for entry in entries)
-        key = (dtype, tuple(id(parameter) for parameter in parameters), densities, fates)
+        entries = self._entries_of(parameters)
+        densities = tuple(map(self._density_on_the_way_to, self._final_densities))
+        fates = tuple([(entry.memory.holds_back, entry.memory.owes) for entry in entries])
+        key = (dtype, parameters, densities, fates)
         if key not in self._plans:
             if len(self._plans) > 64 + 4 * len(self._tracked):
                 self._plans.clear()  # warm-up stages and rebuilt buckets leave old ones behind
             self._plans[key] = plan_bucket(entries, dtype, self.density_of, self._policy.wire, self._routing)
         return self._plans[key]
+
+    def _entries_of(self, parameters: tuple[int, ...]) -> list[TrackedParameter]:
+        """What is known of a bucket's parameters (given by id), looked up once."""
+        if parameters not in self._entries:
+            try:
+                found = [self._tracked[parameter] for parameter in parameters]
+            except KeyError as error:
+                raise CompatibilityError(
+                    "a bucket holds a parameter that the model did not have at attach; detach and attach again after "
+                    "changing the model"
+                ) from error
+            if len(self._entries) > len(self._tracked):
+                self._entries.clear()  # of buckets that have been rebuilt
+            self._entries[parameters] = found
+        return self._entries[parameters]
 
     def _send(self, bucket: Bucket, plan: BucketPlan, *, nonfinite: int = 0) -> Future[Tensor]:
         unused: frozenset[Slot] = frozenset()
@@ -236,8 +249,8 @@ class CommHook:
         if self._usage is not None:
             unused = frozenset(slot for slot in plan.slots if not self._usage.was_used(slot.tracked.parameter))
             used = tuple(slot not in unused for slot in plan.slots)
-        for slot in plan.slots:
-            if slot.tracked.local_decay and not nonfinite:
+        if not nonfinite:
+            for slot in plan.decayed_locally:
                 gradient = shaped_like(slot.of(bucket.buffer()), slot.tracked.parameter)
                 gradient.add_(slot.tracked.parameter.detach(), alpha=slot.tracked.local_decay)
         header = Header(step=self.step, nonfinite=nonfinite, used=used)

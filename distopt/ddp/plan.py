@@ -134,6 +134,11 @@ class BucketPlan:
         return tuple(tuple(slots) for slots in found.values())
 
     @cached_property
+    def decayed_locally(self) -> tuple[Slot, ...]:
+        """The slots whose weight decay is added to the local gradient."""
+        return tuple(slot for slot in self.slots if slot.tracked.local_decay)
+
+    @cached_property
     def count(self) -> int:
         """Entries selected in the bucket."""
         return sum(slot.k for slot in self.sparse)

@@ -25,7 +25,7 @@ class Speed:
     """Seconds of work per entry, on the slowest rank.
 
     Attributes:
-        average_s: Momentum of an averaged entry, in the pass that a dense step needs.
+        average_s: An entry that is averaged: the pass that scales it, and the one of its momentum.
         select_s: Selecting from an entry, with momentum, at a density of 0.1%.
         select_more_s: The same, for each entry selected.
         scan_s: Selecting for owners: one more read.
@@ -137,8 +137,9 @@ def measure_speed(group: dist.ProcessGroup, device: torch.device) -> Speed:
     def sparsify(k: int) -> Callable[[], object]:
         return lambda: ops.dgc_sparsify_segments_(gradient, u, v, tables[k], k, momentum=0.9)
 
-    def average() -> object:
-        return gradient.mul_(1.0).copy_(u.mul_(0.9).add_(v))
+    def average() -> None:
+        ops.scale_(gradient, 0.5)
+        ops.momentum_step_(gradient, u, momentum=0.9)
 
     measured = {
         "average_s": least_seconds(average, device) / numel,
