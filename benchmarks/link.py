@@ -35,6 +35,7 @@ REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "launch" / "netns_cluster.sh"
 # Where each step frees and allocates many MB, glibc by default gives the memory back to the kernel each time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "500000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+UNTRAINED = ("compute", "waiting")  # they exchange no gradient
 ALONE_DEADLINE_S = 40  # of a mode that may hang
 
 
@@ -114,7 +115,7 @@ def measure(hosts: int, rate: str, model: str, options: argparse.Namespace) -> d
         "task": model,
         "modes": shared,
         "rounds": options.rounds,
-        "train": [name for name in shared if trains and name != "compute"],
+        "train": [name for name in shared if trains and name not in UNTRAINED],
         "trace": str(trace.resolve()) if trace else None,
     }
     cell = job(hosts, rate, spec, options.deadline)
@@ -138,7 +139,7 @@ def measure(hosts: int, rate: str, model: str, options: argparse.Namespace) -> d
 
 def add_training(cell: dict, options: argparse.Namespace) -> None:
     """Trains to the target in the cell's modes."""
-    names = [name for name in options.modes if "step_ms" in cell["modes"].get(name, {}) and name != "compute"]
+    names = [name for name in options.modes if "step_ms" in cell["modes"].get(name, {}) and name not in UNTRAINED]
     spec = {"task": cell["model"], "modes": [], "rounds": 0, "train": names, "trace": None}
     result = job(cell["hosts"], cell["rate"], spec, options.deadline)
     if "failed" in result:

@@ -38,6 +38,7 @@ class Mode:
         ddp: Arguments of DistributedDataParallel, or None for no exchange at all.
         hook: Registers a hook of torch's own.
         algorithm: One of distopt's, to attach.
+        waits: Waits for the other hosts after each backward pass, without a gradient: what any exchange costs at least.
         alone: Runs in a job of its own, because it may take the job down with it.
     """
 
@@ -45,6 +46,7 @@ class Mode:
     ddp: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     hook: Callable[[DistributedDataParallel], None] | None = None
     algorithm: DDPAlgorithm | None = None
+    waits: bool = False
     alone: bool = False
 
 
@@ -58,6 +60,7 @@ def _powersgd(model: DistributedDataParallel) -> None:
 
 MODES = {
     "compute": Mode(label="compute only", ddp=None),
+    "waiting": Mode(label="compute, and wait for each other", ddp=None, waits=True),
     "dense": Mode(label="dense DDP"),
     "fp16": Mode(label="torch fp16_compress_hook", hook=_fp16),
     "powersgd": Mode(label="torch PowerSGD, rank 2", hook=_powersgd, ddp={"bucket_cap_mb": ONE_BUCKET_MB}),

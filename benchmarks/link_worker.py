@@ -47,6 +47,7 @@ class Contender:
         self._optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=MOMENTUM)
         self.attachment = None
         self._clips = task.clip
+        self._waits = mode.waits
         if mode.algorithm is not None:
             algorithm = mode.algorithm
             if isinstance(algorithm, distopt.DGC):
@@ -63,6 +64,8 @@ class Contender:
         began = time.perf_counter()
         self._optimizer.zero_grad()
         next(self._losses).backward()
+        if self._waits:
+            dist.barrier()
         if self._clips is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self._clips)
         self._optimizer.step()
