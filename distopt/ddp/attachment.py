@@ -25,6 +25,7 @@ from distopt.ddp.routing import open_routes
 from distopt.ddp.takeover import Takeover, averaged_momentum
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
+from distopt.ops import native
 
 if TYPE_CHECKING:
     from distopt.ddp.algorithm import DDPAlgorithm  # which imports this module, to make attachments
@@ -316,7 +317,7 @@ class Attachment:
 
 def announce_device(device: torch.device) -> None:
     """Says so where selection will be torch's own operations instead of the native kernels."""
-    if device.type != "cpu":
+    if device.type != "cpu" and not (device.type == "cuda" and native.has_cuda_kernels()):
         _log.warning(
             "the model is on %s and distopt has no kernels for it: selection uses torch's own operations", device.type
         )

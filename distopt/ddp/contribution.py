@@ -157,7 +157,7 @@ def _remember_errors(plan: BucketPlan, groups: Groups, error: Tensor, made: Cont
 def _own_positions(group: Group, indices: Tensor) -> Tensor:
     """Those bucket positions that lie in this group's slots, as positions in its memory."""
     stops = torch.tensor([slot.stop for slot in group.slots], device=indices.device)
-    starts = group.segments[:, 0]
+    starts = group.segments[:, 0].contiguous()
     at = torch.bucketize(indices, starts, right=True) - 1
     inside = (at >= 0) & (indices < stops[at.clamp(min=0)])
     return group.to_memory(indices[inside])

@@ -91,6 +91,9 @@ class Exchange:
             buckets_sparse=plan.route not in ("whole", "dense"),
             buckets_dense=plan.route in ("whole", "dense"),
         )
+        if self._channels.node is not None:
+            for slot in plan.whole if plan.route == "hierarchical" else plan.slots:
+                slot.tracked.memory.at_leader = False
         ROUTES[plan.route](item, self._channels, self._statistics, self._land)
         return item.future
 

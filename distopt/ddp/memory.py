@@ -27,11 +27,14 @@ class Memory(ABC):
         per_rank: Names of the attributes that hold this rank's tensors (each flat, or None where not needed).
         holds_back: Whether there was a sparse step since the last dense one, on any rank: the same on all.
         owes: Whether v may hold something: after a sparse step or where a dense wire has rounded; the same on all.
+        at_leader: Whether the first rank of each node holds what the node's ranks kept, and the others zeros; the same
+            on all.
     """
 
     per_rank: tuple[str, ...] = ()
     holds_back: bool = False
     owes: bool = False
+    at_leader: bool = False
 
     @property
     def num_outgoing(self) -> int:
@@ -48,7 +51,8 @@ class Memory(ABC):
         return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def restore_(self, snapshot: dict[str, Tensor]) -> None:
-        """Puts the tensors back to what they were at `snapshot`."""
+        """Puts the tensors back to what they were at `snapshot`, each on its own rank."""
+        self.at_leader = False
         for name, tensor in self.tensors().items():
             tensor.copy_(snapshot[name])
 

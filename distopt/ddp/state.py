@@ -140,6 +140,7 @@ def _restore_replicated(entry: TrackedParameter, replicated: Mapping[str, Any]) 
             buffer.zero_()  # saved without weight decay: its momentum starts anew
     entry.memory.holds_back = bool(replicated["holds_back"][entry.name])
     entry.memory.owes = bool(replicated["owes"][entry.name])
+    entry.memory.at_leader = False
     if "v" in replicated["tensors"][entry.name].split():  # also where a parameter sent sparse is now sent whole
         entry.memory.make_room()
 

@@ -20,6 +20,7 @@ from distopt.ddp.bucket import FlatBucket
 from distopt.ddp.hook import CommHook
 from distopt.ddp.policy import Routing
 from distopt.errors import CompatibilityError, DistoptError
+from distopt.ops import native
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
@@ -313,9 +314,12 @@ def test_a_parameter_that_was_not_there_at_attach():
         hook(FlatBucket([torch.zeros(3)], [torch.zeros(3)]))
 
 
-@pytest.mark.parametrize(("device", "warns"), [("cuda", True), ("cpu", False)])
-def test_a_model_on_a_device_without_kernels_is_told_what_is_used(caplog, device, warns):
+@pytest.mark.parametrize(
+    ("device", "has_kernels", "warns"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_a_model_on_a_device_without_kernels_is_told_what_is_used(caplog, monkeypatch, device, has_kernels, warns):
     """The edge of it: what attach says, without the device."""
+    monkeypatch.setattr(native, "has_cuda_kernels", lambda: has_kernels)
     with caplog.at_level(logging.INFO, logger="distopt"):
         announce_device(torch.device(device))
     messages = [record.getMessage() for record in caplog.records]

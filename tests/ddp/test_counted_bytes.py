@@ -91,7 +91,7 @@ def test_bytes_per_rank(ranks, num_ranks):
     leader = (n - 1) * HEADER + (nodes - 1) * payload + 2 * (nodes - 1) * bias // nodes
     results = pool(one_step, distopt.DGC(density=DENSITY, exchange="hierarchical", ranks_per_node=2))
     for rank, (total, last) in enumerate(results):
-        assert total["link"] == last["link_bytes_sent"] == (n - 1) * HEADER if rank % 2 else leader
+        assert total["link"] == last["link_bytes_sent"] == ((n - 1) * HEADER if rank % 2 else leader)
         inside = 4 * (NUMEL + BIAS) + bias if rank % 2 else nodes * payload + bias
         assert total["node"] == last["node_bytes_sent"] == inside
 
@@ -100,7 +100,6 @@ def test_bytes_of_the_balanced_exchange_do_not_grow_with_the_ranks(ranks):
     found = {n: ranks(n)(one_step, distopt.DGC(density=DENSITY, exchange="balanced"))[0][0]["link"] for n in (4, 16)}
     grown = {n: ranks(n)(one_step, distopt.DGC(density=DENSITY, exchange="allgather"))[0][0]["link"] for n in (4, 16)}
     headers = {n: (n - 1) * 2 * HEADER for n in (4, 16)}
-    assert found[16] - headers[16] < 1.45 * (
-        found[4] - headers[4]
-    )  # (N-1)/N goes from 3/4 to 15/16, and k/N is rounded
+    # (N-1)/N goes from 3/4 to 15/16, and k/N is rounded
+    assert found[16] - headers[16] < 1.45 * (found[4] - headers[4])
     assert grown[16] == 5 * grown[4]

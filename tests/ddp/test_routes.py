@@ -121,18 +121,90 @@ def trajectory(algorithm, steps, pause_at=None):
     return parameters, buffers, memories_of(attachment)
 
 
-def test_hierarchical_with_everything_selected_per_node_is_the_all_gather_of_sums(ranks):
-    """One rank per node but for one node of two: the same updates as when the two ranks were one with their sum."""
+def of_a_share(algorithm, share, num_dense, total_ranks):
+    """Training with the sum of `share` ranks' gradients, dense at first; updates are those of `total_ranks` ranks."""
+    model = DistributedDataParallel(Chosen())
+    lr = 2.0**-6 * dist.get_world_size() / total_ranks  # the average is over fewer ranks
+    optimizer = momentum_sgd(model.parameters(), lr=lr, momentum=0.5)
+    attachment = algorithm.attach(model, optimizer)
+    attachment.pause()
+    for step in range(num_dense + 5):
+        if step == num_dense:
+            attachment.resume()
+        ranks = range(share * dist.get_rank(), share * (dist.get_rank() + 1))
+        parts = [chosen_gradients(step, 0, rank, torch.float32) for rank in ranks]
+        model({name: sum(part[name] for part in parts) for name in parts[0]}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    memories = memories_of(attachment)
+    attachment.detach()
+    return values_of(model.module), memories
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_a_node_is_as_one_rank_with_its_sum(ranks, num_dense):
+    """Hierarchical on 2 nodes of 2 ranks is the all-gather on 2 ranks, also after steps that were dense."""
     algorithm = distopt.DGC(density=0.2, exchange="hierarchical", ranks_per_node=2)
-    results = ranks(4)(trajectory, algorithm, 6)
-    for parameters, buffers, _ in results[1:]:
-        for name, value in results[0][0].items():
-            assert torch.equal(parameters[name], value)
-            assert torch.equal(buffers[name], results[0][1][name])
-    followers = [results[rank][2] for rank in (1, 3)]
-    assert all(
-        not memory[key].any() for other in followers for memory in other.values() for key in memory if key == "v"
+    nodes = ranks(4)(of_a_share, algorithm, 1, num_dense, 4)
+    alone = ranks(2)(of_a_share, distopt.DGC(density=0.2, exchange="allgather"), 2, num_dense, 4)
+    for rank, (parameters, memories) in enumerate(nodes):
+        expected, expected_memories = alone[rank // 2]
+        for name, value in parameters.items():
+            assert torch.equal(value, expected[name]), name
+        for name, memory in expected_memories.items():
+            if "v" in memory:  # sent sparse: the leader's is the node's
+                for key, tensor in memory.items():
+                    assert torch.equal(memories[name][key], torch.zeros_like(tensor) if rank % 2 else tensor), name
+
+
+def changing_to_hierarchical(state_of):
+    """Sums over the ranks before and after a step without gradient, and what this rank holds then."""
+    model, optimizer, attachment = attached(state_of, momentum=0.0)
+    for step in range(3):
+        model(chosen_gradients(step, 0, dist.get_rank(), torch.float32)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = attachment.state_dict()
+    attachment.detach()
+    model, _, attachment = attached(distopt.TopK(density=0.2, exchange="hierarchical", ranks_per_node=2), momentum=0.0)
+    attachment.load_state_dict(state)
+    before = total({name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory})
+    model({name: torch.zeros_like(p) for name, p in model.module.named_parameters()}).backward()
+    own = {name: memory["v"] for name, memory in memories_of(attachment).items() if "v" in memory}
+    updates = {name: dist.get_world_size() * p.grad for name, p in model.module.named_parameters() if name in own}
+    after = total(own)
+    attachment.detach()
+    return before, updates, after, own
+
+
+@pytest.mark.parametrize("route", ["allgather", "balanced", "dense"])
+def test_what_other_routes_held_back_goes_to_the_leader(ranks, route):
+    results = ranks(4)(changing_to_hierarchical, distopt.TopK(density=0.2, exchange=route))
+    for rank, (before, updates, after, own) in enumerate(results):
+        for name in before:
+            assert before[name].any()
+            assert torch.equal(before[name], updates[name].double() + after[name]), name
+            assert own[name].any() != rank % 2, name
+
+
+def one_entry_per_owner(values):
+    model = DistributedDataParallel(nn.Linear(30, 10, bias=False))
+    attachment = distopt.DGC(density=0.001, exchange="balanced", values=values).attach(
+        model, momentum_sgd(model.parameters())
     )
+    model(torch.ones(2, 30)).sum().backward()
+    assert attachment.stats()["routes"].keys() == {"balanced"}
+    attachment.detach()
+    return {"weight": model.module.weight.grad.clone()}
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_balanced_with_one_entry_per_owner(ranks, values):
+    """Every rank has the same gradient, so each of the four owners passes its largest entry on."""
+    results = ranks(4)(one_entry_per_owner, values)
+    for result in results:
+        assert torch.equal(result["weight"], results[0]["weight"])
+        assert result["weight"].count_nonzero() == 4
 
 
 @pytest.mark.parametrize("route", SPARSE)

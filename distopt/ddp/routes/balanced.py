@@ -171,7 +171,7 @@ def finish(item: InFlight, gathered: Tensor, sent: Tensor) -> None:
     updated, mine = _compact(indices), _compact(sent)
     _mask(item.groups, mine[torch.isin(mine, updated)])
     in_bucket = item.groups.compact_to_bucket(updated.view(-1)).to(torch.int32)
-    item.arrived = [(in_bucket, values.reshape(-1))]
+    item.arrived = [(in_bucket, values.reshape(-1).contiguous())]  # of one entry per owner reshape makes a view
 
 
 def _compact(indices: Tensor) -> Tensor:

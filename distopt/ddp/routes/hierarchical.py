@@ -2,7 +2,8 @@
 
 1. Inside each node the gradients are summed to its first rank, the leader; likewise the dense parts.
 2. The leader selects from the sum. It alone holds u and v of the node: everything that a memory does is linear, so the
-   sum over the ranks is what it would be if each had its own, and the others hold zeros.
+   sum over the ranks is what it would be if each had its own, and the others hold zeros. What the others have kept from
+   before (momentum that was taken over, a dense step, another route, a checkpoint) is added to the leader's, once.
 3. The leaders all-gather their entries and all-reduce the dense part.
 4. Inside each node the leader hands on what arrived, and every rank decodes it.
 
@@ -12,6 +13,7 @@ The ranks' status goes to all, in an all-gather of its own.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -67,6 +69,7 @@ def _through_leaders(item: InFlight, channels: Channels, statistics: Statistics)
         reduce_to_first(made.dense, channels.node)
     shape = (plan.place.num_nodes, plan.returned.nbytes)
     payloads = torch.empty(shape, dtype=torch.uint8, device=gradients.device)
+    _put_memories_together(item, channels.node, statistics)
     if channels.leaders is not None:
         # 2. and 3. Among the leaders.
         payloads.copy_(_among_leaders(item, gradients, channels, statistics))
@@ -81,6 +84,24 @@ def _through_leaders(item: InFlight, channels: Channels, statistics: Statistics)
     for payload in payloads:
         plan.returned.unpack_header(payload)
         item.arrived.append(plan.returned.unpack(payload))
+
+
+def _put_memories_together(item: InFlight, node: dist.ProcessGroup, statistics: Statistics) -> None:
+    """Sums u and v of the node's ranks to the leader where that has not been done, and clears the others'."""
+    for group in item.groups.sparse:
+        memories = [slot.tracked.memory for slot in group.slots]
+        if all(memory.at_leader for memory in memories):
+            continue
+        for tensor in group.memory.tensors().values():
+            wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            reduce_to_first(wide, node)
+            if item.plan.place.leads:
+                tensor.copy_(wide)
+            else:
+                tensor.zero_()
+                statistics.add(node_bytes_sent=wide.nbytes)
+        for memory in memories:
+            memory.at_leader = True
 
 
 def _among_leaders(item: InFlight, gradients: Tensor, channels: Channels, statistics: Statistics) -> Tensor:
