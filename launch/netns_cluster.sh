@@ -302,7 +302,7 @@ start_timer() { # seconds
 # KILL, because a child that bash has forked but not yet replaced by sleep still runs bash's own traps and loses a TERM.
 stop_timer() {
   [ -n "$timer" ] || return 0
-  disown "$timer" # else bash reports that it was killed
+  disown "$timer" 2>/dev/null || true # else bash reports that it was killed
   kill -KILL "$timer" 2>/dev/null || true
   timer=
 }

@@ -74,7 +74,7 @@ def _decay(slots: Sequence[Slot], update: Tensor) -> None:
         return
     parameters = [slot.tracked.parameter for slot in slots]
     # the update of a parameter with gaps in memory is row-major, see shaped_like
-    dense = [p if p.is_contiguous() or is_dense_in_memory(p) else p.contiguous() for p in parameters]
+    dense = [p if is_dense_in_memory(p) else p.contiguous() for p in parameters]
     rate, momentum, nesterov = decays[0].settings
     ops.decay_step_(
         update,

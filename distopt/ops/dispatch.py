@@ -436,15 +436,17 @@ def decay_step_(
         buffers: d of each, of the dtype of update, flat, contiguous; updated.
         parameters: Floating point, not wider than update, any shape, dense in memory; only read. Entries correspond to
             those of update and d in the order in which they lie in memory.
-        rate: wd.
+        rate: wd, finite.
         momentum: m, in [0, 1].
         nesterov: look ahead.
 
     Raises:
-        ConfigError: an argument breaks a rule above.
+        ConfigError: an argument breaks a rule above. (That buffers are not part of update is not checked.)
     """
     checks.flat("update", update, checks.SUMS, indexed=False)
     checks.momentum_range(momentum)
+    if not math.isfinite(rate):
+        raise ConfigError(f"rate must be finite, got {rate}; 0.0 is no decay")
     if not is_compiling() and not native.silent:
         native.announce(update.device)
     with torch.no_grad():

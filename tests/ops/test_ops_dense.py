@@ -1,5 +1,7 @@
 """What is sent whole: scaling with its check, the momentum step, and weight decay, each in one pass."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -179,6 +181,10 @@ def test_bad_arguments_are_refused_before_anything_changes():
         (lambda: ops.momentum_step_(x, x, momentum=0.9), "must not share memory"),
         (lambda: ops.momentum_step_(x, u, momentum=1.5), r"momentum must be in \[0, 1\]"),
         (lambda: ops.momentum_step_(x, u.double(), momentum=0.9), "u must have dtype float32"),
+        (
+            lambda: ops.decay_step_(x, [0], [u], [u.clone()], rate=math.nan, momentum=0.9),
+            "rate must be finite, got nan",
+        ),
         (lambda: ops.decay_step_(x, [0], [u], [u, u], rate=0.1, momentum=0.9), "one entry per parameter, got 1, 1 and"),
         (lambda: ops.decay_step_(x, [1], [u], [u.clone()], rate=0.1, momentum=0.9), "lie inside update"),
         (lambda: ops.decay_step_(x, [0], [u[:7]], [u.clone()], rate=0.1, momentum=0.9), "buffer of its size"),
