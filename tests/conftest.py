@@ -1,6 +1,7 @@
 import pytest
 
 from rank_pool import RankPool
+from warm_python import WarmPython
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,11 @@ def ranks(_pools):
         return _pools.setdefault(size, RankPool(size))
 
     return pool
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Starts scripts in new processes that have imported torch, but not distopt."""
+    python = WarmPython()
+    yield python
+    python.close()

@@ -83,9 +83,10 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # The fork server imports torch once, before it has threads; ranks then start in a moment.
+        # The fork server imports torch once, before it has threads; ranks then start in a moment. The first optimizer of
+        # a process imports torch._dynamo.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.nn.parallel", "distopt"])
+        context.set_forkserver_preload(["torch.nn.parallel", "torch._dynamo", "distopt"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import pytest
@@ -19,38 +18,33 @@ sys.meta_path.insert(0, Missing())
 """
 
 
-def python(code, *arguments, **options):
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
-
-
 @pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_the_extra_the_command_says_how_to_get_it(package):
-    ran = python(WITHOUT.format(package=package) + "from distopt.cli import main; main()", "info")
+def test_without_the_extra_the_command_says_how_to_get_it(warm_python, package):
+    ran = warm_python.run(WITHOUT.format(package=package) + "from distopt.cli import main; main()", "info")
     assert ran.returncode == 1
     assert f"needs '{package}', which is not installed" in ran.stderr
     assert 'pip install "torch-distopt[cli]"' in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_a_bug_is_not_mistaken_for_a_missing_extra():
-    ran = python("from distopt.cli import main; print('main')" + WITHOUT.format(package="distopt") + "main()")
+def test_a_bug_is_not_mistaken_for_a_missing_extra(warm_python):
+    ran = warm_python.run("from distopt.cli import main; print('main')" + WITHOUT.format(package="distopt") + "main()")
     assert ran.stdout.strip() == "main"
     assert "Traceback" in ran.stderr
     assert "is not installed" not in ran.stderr
 
 
-def test_compare_without_matplotlib_says_so_before_it_trains(tmp_path):
-    ran = python(WITHOUT.format(package="matplotlib") + "from distopt.cli import main; main()", "compare", cwd=tmp_path)
+def test_compare_without_matplotlib_says_so_before_it_trains(warm_python, tmp_path):
+    ran = warm_python.run(WITHOUT.format(package="matplotlib") + "from distopt.cli import main; main()", "compare", cwd=tmp_path)
     assert ran.returncode != 0
     assert "the plot needs matplotlib, which is not installed" in ran.stderr
     assert "started" not in ran.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_importing_distopt_imports_nothing_of_the_command_line():
+def test_importing_distopt_imports_nothing_of_the_command_line(warm_python):
     heavy = "{'typer', 'click', 'rich', 'matplotlib', 'sklearn'}"
-    ran = python(f"import sys, distopt; print({heavy} & set(sys.modules))")
+    ran = warm_python.run(f"import sys, distopt; print({heavy} & set(sys.modules))")
     assert ran.stdout.strip() == "set()", ran.stdout + ran.stderr
 
 
@@ -117,9 +111,9 @@ def test_a_bad_option_is_a_usage_error_that_names_it(arguments, parts):
         (["--data", "digits", "--density", "2"], "density must be a number in (0, 1], got 2"),
     ],
 )
-def test_a_bad_value_is_one_line_before_any_rank_starts(tmp_path, arguments, message):
+def test_a_bad_value_is_one_line_before_any_rank_starts(warm_python, tmp_path, arguments, message):
     code = "from distopt.cli import main; main()"
-    ran = python(code, "compare", *arguments, "--out", str(tmp_path / "out"))
+    ran = warm_python.run(code, "compare", *arguments, "--out", str(tmp_path / "out"))
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"distopt: {message}"), ran.stderr
     assert "Traceback" not in ran.stderr

@@ -66,10 +66,8 @@ def test_measured_between_two_ranks(tmp_path):
         (["--latency", "1", "--bandwidth", "1e8", "--density", "2"], "density must be a number in (0, 1], got 2"),
     ],
 )
-def test_a_bad_question_is_one_line(arguments, message):
-    code = "from distopt.cli import main; main()"
-    command = [sys.executable, "-c", code, "link", *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+def test_a_bad_question_is_one_line(warm_python, arguments, message):
+    ran = warm_python.run("from distopt.cli import main; main()", "link", *arguments)
     assert ran.returncode == 1
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr

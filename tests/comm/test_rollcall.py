@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -121,7 +119,7 @@ rank_of_two(1, {store!r}, {timeout_s}, "", None)
 """
 
 
-def what_rank_0_hears(store, timeout_s, ending, *, in_script):
+def what_rank_0_hears(warm_python, store, timeout_s, ending, *, in_script):
     ours, theirs = FORKS.Pipe()
     ranks = [FORKS.Process(target=rank_of_two, args=(0, store, timeout_s, ending, theirs))]
     if not in_script:
@@ -132,7 +130,7 @@ def what_rank_0_hears(store, timeout_s, ending, *, in_script):
     try:
         if in_script:
             code = SCRIPT.format(here=str(Path(__file__).parent), store=store, timeout_s=timeout_s, ending=ending)
-            script = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+            script = warm_python.start(code)
         assert ours.poll(60), "rank 0 heard nothing"
         return ours.recv()
     finally:
@@ -153,12 +151,12 @@ def what_rank_0_hears(store, timeout_s, ending, *, in_script):
     ],
     ids=["stopped", "killed", "failed"],
 )
-def test_how_a_process_ends_is_told(tmp_path, ending, timeout_s, said):
-    heard = what_rank_0_hears(str(tmp_path / "store"), timeout_s, ending, in_script="raise" in ending)
+def test_how_a_process_ends_is_told(warm_python, tmp_path, ending, timeout_s, said):
+    heard = what_rank_0_hears(warm_python, str(tmp_path / "store"), timeout_s, ending, in_script="raise" in ending)
     assert f"lost rank 1 ({socket.gethostname()}): {said}" in heard
 
 
 @pytest.mark.parametrize("in_script", [False, True], ids=["multiprocessing", "script"])
-def test_a_process_that_ends_well_is_not_missed(tmp_path, in_script):
-    heard = what_rank_0_hears(str(tmp_path / "store"), 5.0, "", in_script=in_script)
+def test_a_process_that_ends_well_is_not_missed(warm_python, tmp_path, in_script):
+    heard = what_rank_0_hears(warm_python, str(tmp_path / "store"), 5.0, "", in_script=in_script)
     assert heard == ([1], "None")

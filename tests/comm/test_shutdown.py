@@ -1,8 +1,5 @@
 """The process does not end before the callbacks of its collectives have been dropped."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +24,8 @@ threading.Thread(target=lambda: (time.sleep({seconds}), held.clear()), daemon=Tr
 
 
 @pytest.mark.parametrize(("seconds", "found"), [(0.3, "gone"), (60, "still there")])
-def test_the_end_waits_for_callbacks_but_not_for_ever(seconds, found):
-    code = SCRIPT.format(seconds=seconds)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+def test_the_end_waits_for_callbacks_but_not_for_ever(warm_python, seconds, found):
+    ran = warm_python.run(SCRIPT.format(seconds=seconds), timeout=50)
     assert (ran.stdout.strip(), ran.returncode) == (found, 0), ran.stderr
 
 

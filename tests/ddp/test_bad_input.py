@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import subprocess
-import sys
 import types
 
 import pytest
@@ -286,8 +284,8 @@ attempt(model)
 """
 
 
-def test_without_a_process_group():
-    ran = subprocess.run([sys.executable, "-c", WITHOUT_A_GROUP], capture_output=True, text=True, timeout=100)
+def test_without_a_process_group(warm_python):
+    ran = warm_python.run(WITHOUT_A_GROUP)
     assert ran.returncode == 0, ran.stderr
     before, after = (line for line in ran.stdout.splitlines() if not line.startswith("[Gloo]"))  # torch < 2.13
     assert "got Linear; call torch.distributed.init_process_group and wrap it first" in before

@@ -221,7 +221,7 @@ def test_hosts_have_names_and_addresses_and_see_each_other_but_no_other_cluster(
 @pytest.mark.parametrize("state", ["down", "unplugged"])
 def test_a_link_goes_down_and_up(hosts, state):
     def answers():
-        knock = ["ip", "netns", "exec", f"distopt-{NAME}-1", "timeout", "2", "bash", "-c", "echo >/dev/tcp/10.88.0.2/9"]
+        knock = ["ip", "netns", "exec", f"distopt-{NAME}-1", "timeout", "1", "bash", "-c", "echo >/dev/tcp/10.88.0.2/9"]
         return "refused" in subprocess.run(knock, capture_output=True, text=True, check=False).stderr
 
     wait_until(answers)

@@ -20,8 +20,8 @@ def run(*command, cwd=None, **environment):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=100, check=False)
 
 
-def tell(code="print(ops.backend())", path=ROOT, **environment):
-    return run(sys.executable, "-P", "-c", TELL + code, cwd="/", PYTHONPATH=str(path), **environment)
+def tell(warm_python, code="print(ops.backend())", path=ROOT, **environment):
+    return warm_python.run(TELL + code, cwd="/", path=path, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +42,28 @@ def install(source, target, *options, **environment):
 
 
 @pytest.mark.parametrize("path", ops.build_info().available)
-def test_the_variable_forces_a_path(path):
-    done = tell(DISTOPT_CPU_CAPABILITY=path)
+def test_the_variable_forces_a_path(warm_python, path):
+    done = tell(warm_python, DISTOPT_CPU_CAPABILITY=path)
     assert done.stdout.strip() == path, done.stderr
     assert "reference" not in done.stderr  # asked for: nothing to warn about
 
 
-def test_an_unknown_path_is_an_error():
-    done = tell(DISTOPT_CPU_CAPABILITY="sse9")
+def test_an_unknown_path_is_an_error(warm_python):
+    done = tell(warm_python, DISTOPT_CPU_CAPABILITY="sse9")
     message = "ConfigError: DISTOPT_CPU_CAPABILITY must be one of scalar, avx2, avx512, neon, reference, got 'sse9'"
     assert message in done.stderr
 
 
-def test_without_a_compiler_it_installs_and_says_so_once(source, tmp_path):
+def test_without_a_compiler_it_installs_and_says_so_once(warm_python, source, tmp_path):
     done = install(source, tmp_path, CC="/nonexistent", CXX="/nonexistent")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "THE NATIVE KERNELS WERE NOT BUILT" in done.stdout + done.stderr
-    told = tell("print(ops.build_info(), ops.__file__)", path=tmp_path)
+    told = tell(warm_python, "print(ops.build_info(), ops.__file__)", path=tmp_path)
     assert "backend='reference'" in told.stdout, told.stderr
     assert str(tmp_path) in told.stdout
     assert told.stderr.count("distopt runs on its reference") == 1
     assert "the native kernels were not built; install a C++17 compiler" in told.stderr
-    forced = tell(path=tmp_path, DISTOPT_CPU_CAPABILITY="avx2")
+    forced = tell(warm_python, path=tmp_path, DISTOPT_CPU_CAPABILITY="avx2")
     assert "DISTOPT_CPU_CAPABILITY=avx2 is not available here: the native kernels were not built" in forced.stderr
 
 
@@ -96,12 +96,12 @@ def test_required_cuda_kernels_need_a_torch_with_cuda(source):
 
 
 @pytest.mark.slow
-def test_one_wheel_for_every_torch(source, tmp_path):
+def test_one_wheel_for_every_torch(warm_python, source, tmp_path):
     wheel = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v")
     done = run(*wheel, "-w", str(tmp_path), str(source), DISTOPT_REQUIRE_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-linux_" in built.name
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "at"), str(built))
-    told = tell("print(ops.build_info())", path=tmp_path / "at")
+    told = tell(warm_python, "print(ops.build_info())", path=tmp_path / "at")
     assert f"library='{tmp_path / 'at'}" in told.stdout, told.stderr
