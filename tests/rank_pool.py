@@ -5,6 +5,7 @@ next call starts new ones.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,6 +16,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+# The fork server imports torch once, before it has threads; ranks then start in a moment. The first optimizer of a
+# process imports torch._dynamo.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch.nn.parallel", "torch._dynamo", "distopt"])
 
 DEADLINE_S = 60.0
 _GRACE_S = 3.0  # how long the other ranks may take to report after one has failed
@@ -83,15 +89,11 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # The fork server imports torch once, before it has threads; ranks then start in a moment. The first optimizer of
-        # a process imports torch._dynamo.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.nn.parallel", "torch._dynamo", "distopt"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -102,6 +104,7 @@ def _serve(rank: int, size: int, store: str, pipe: multiprocessing.connection.Co
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # collections need not look through all of torch
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group(

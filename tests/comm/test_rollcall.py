@@ -1,6 +1,5 @@
 """The heartbeats of a real group: who starts them, and what is said where datagrams do not get through."""
 
-import multiprocessing
 import os
 import socket
 import threading
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distopt.comm import open_heartbeat, rollcall
+from rank_pool import FORKS
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,6 @@ def rank_of_two(rank: int, store: str, timeout_s: float, ending: str, pipe) -> N
 
 
 # Processes that multiprocessing starts know no atexit, a script does: with these both ways are tested.
-FORKS = multiprocessing.get_context("forkserver")
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})

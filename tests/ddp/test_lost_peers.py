@@ -6,11 +6,9 @@ scripts. A cut link needs hosts of its own: tests/launch/test_cut_link.py.
 
 import contextlib
 import gc
-import multiprocessing
+import itertools
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -22,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 from listening import heard
+from rank_pool import FORKS
 
-FORKS = multiprocessing.get_context("forkserver")
 DEADLINE_S = 100
 
 
@@ -43,6 +41,7 @@ def step(model, optimizer):
 
 def rank_that_trains(rank, size, store, algorithm, ending, pipe):
     """The last rank ends in its fourth step as it is told to; the others send what they get."""
+    gc.freeze()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     model, optimizer, attachment = build(algorithm)
@@ -112,7 +111,6 @@ def test_the_others_are_told_and_can_go_no_further(tmp_path, size, algorithm, en
 
 SCRIPT = """
 import os, signal, sys, torch, torch.distributed as dist
-sys.path.insert(0, {here!r})
 from test_lost_peers import build, distopt, step
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
@@ -135,33 +133,34 @@ except distopt.PeerLostError:
 BARRIER = "dist.barrier()"
 
 
-@pytest.mark.parametrize(
-    ("rest", "status", "said"),
-    [
-        (TRAIN, 1, "distopt.errors.PeerLostError: lost rank 1 ("),
-        (CAUGHT, 17, ""),
-        (BARRIER, 1, "where no exception can reach it: this process ends here"),
-    ],
-    ids=["raised", "caught", "stuck"],
-)
-def test_the_process_ends_although_its_collectives_never_do(tmp_path, rest, status, said):
-    code = SCRIPT.format(here=os.path.dirname(__file__), rest=rest)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        _, errors = ranks[0].communicate(timeout=DEADLINE_S)
-        assert ranks[0].returncode == status, errors
-        assert said in errors
-        assert rest == CAUGHT or "lost rank 1 (" in errors
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+ENDINGS = {
+    "raised": (TRAIN, 1, "distopt.errors.PeerLostError: lost rank 1 ("),
+    "caught": (CAUGHT, 17, ""),
+    "stuck": (BARRIER, 1, "where no exception can reach it: this process ends here"),
+}
+
+
+@pytest.fixture(scope="module")
+def deserted(warm_python, tmp_path_factory):
+    """Rank 0 of each ending; all wait for their timeouts at the same time."""
+    folder = tmp_path_factory.mktemp("stores")
+    scripts = {
+        name: [warm_python.start(SCRIPT.format(rest=rest), rank, folder / name) for rank in range(2)]
+        for name, (rest, *_) in ENDINGS.items()
+    }
+    yield {name: first for name, (first, _) in scripts.items()}
+    for script in itertools.chain(*scripts.values()):
+        script.kill()
+        script.wait()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_process_ends_although_its_collectives_never_do(deserted, ending):
+    _, status, said = ENDINGS[ending]
+    _, errors = deserted[ending].communicate(DEADLINE_S)
+    assert deserted[ending].returncode == status, errors
+    assert said in errors
+    assert ending == "caught" or "lost rank 1 (" in errors
 
 
 # -- what is watched and for how long ------------------------------------------------------------------------------
@@ -174,6 +173,7 @@ def heartbeat_threads():
 def on_life_cycle():
     """Number of threads while attached, after detach, after a `with` and after all references are gone."""
     gc.collect()
+    gc.freeze()  # what earlier tests have left is not looked through again
     before = len(heartbeat_threads())
     counts = []
     model, optimizer, attachment = build(distopt.DGC(density=0.1))
@@ -194,6 +194,7 @@ def on_life_cycle():
         gc.collect()  # again: a thread that was about to end may have held what held it
         time.sleep(0.01)
     counts.append(len(heartbeat_threads()) - before)
+    gc.unfreeze()
     dist.barrier()
     return state, counts, gone() is None
 
