@@ -1,5 +1,6 @@
 import pytest
 
+from example_ranks import train_undisturbed
 from rank_pool import RankPool
 from warm_python import WarmPython
 
@@ -28,3 +29,10 @@ def warm_python():
     python = WarmPython()
     yield python
     python.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(warm_python, tmp_path_factory):
+    """What examples/ddp_dgc.py printed on two ranks that nothing happened to, and its folder of checkpoints."""
+    checkpoints = tmp_path_factory.mktemp("undisturbed")
+    return train_undisturbed(warm_python, checkpoints), checkpoints

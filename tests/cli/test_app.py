@@ -35,7 +35,9 @@ def test_a_bug_is_not_mistaken_for_a_missing_extra(warm_python):
 
 
 def test_compare_without_matplotlib_says_so_before_it_trains(warm_python, tmp_path):
-    ran = warm_python.run(WITHOUT.format(package="matplotlib") + "from distopt.cli import main; main()", "compare", cwd=tmp_path)
+    ran = warm_python.run(
+        WITHOUT.format(package="matplotlib") + "from distopt.cli import main; main()", "compare", cwd=tmp_path
+    )
     assert ran.returncode != 0
     assert "the plot needs matplotlib, which is not installed" in ran.stderr
     assert "started" not in ran.stdout

@@ -1,24 +1,28 @@
-"""The language model example under real torchrun, on a text that the test writes."""
+"""The language model example on a text that the test writes, once under real torchrun."""
 
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lm_dgc.py"
+from example_ranks import AS_IT_IS, EXAMPLES, run_ranks
+
+EXAMPLE = EXAMPLES / "lm_dgc.py"
 STEPS = 60
 
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    ran = subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=100, check=False
     )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 @pytest.fixture
@@ -31,16 +35,16 @@ def text(tmp_path):
 
 
 @pytest.mark.timeout(110)
-def test_it_learns_dense_and_with_a_thousandth_of_the_gradient(text, tmp_path):
+def test_it_learns_dense_and_with_a_thousandth_of_the_gradient(warm_python, text, tmp_path):
+    starters = {"dense": functools.partial(run_ranks, warm_python, EXAMPLE), "dgc": torchrun}
     figures = {}
-    for algorithm in ("dense", "dgc"):
+    for algorithm, start in starters.items():
         report = tmp_path / f"{algorithm}.json"
-        ran = torchrun(
+        output = start(
             "--text", text, "--algorithm", algorithm, "--steps", STEPS, "--hidden", 32, "--batch-size", 4,
             "--density", 0.01, "--json", report,
         )  # fmt: skip
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert f"step {STEPS}: perplexity " in ran.stdout
+        assert f"step {STEPS}: perplexity " in output
         figures[algorithm] = json.loads(report.read_text())
     guessing = len(set(text.read_text()))
     assert figures["dense"]["perplexity"] < 0.7 * guessing
@@ -49,11 +53,9 @@ def test_it_learns_dense_and_with_a_thousandth_of_the_gradient(text, tmp_path):
     assert figures["dgc"]["saving_after_warmup"] > 15
 
 
-def test_a_text_that_is_too_short_is_refused_with_the_rule(tmp_path):
+def test_a_text_that_is_too_short_is_refused_with_the_rule(warm_python, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("too short")
-    ran = subprocess.run(
-        [sys.executable, EXAMPLE, "--text", path], capture_output=True, text=True, timeout=60, check=False
-    )
+    ran = warm_python.run(AS_IT_IS, EXAMPLE, "--text", path)
     assert ran.returncode != 0
     assert "10,000 characters or more, got 9" in ran.stderr

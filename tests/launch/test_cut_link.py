@@ -7,16 +7,14 @@ ends with the bits of one that was never disturbed.
 import os
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from example_ranks import ddp_dgc_arguments, final_state
 from netns import REAL, cluster, command, needs_namespaces
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp_dgc.py"
-EPOCHS = 3  # of 22 steps
-PEER_TIMEOUT_S = 10  # on a busy machine a rank may be silent for seconds
+PEER_TIMEOUT_S = 5  # on a busy machine a rank may be silent for seconds
 DEADLINE_S = 120
 
 # Runs the example; with CUT in the environment the last host waits in the middle of the second epoch until the file of
@@ -48,21 +46,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def training(folder, hosts):
     (folder / "runner.py").write_text(RUNNER)
-    script = [folder / "runner.py", EXAMPLE, "--epochs", EPOCHS, "--checkpoints", folder / "checkpoints"]
+    script = [folder / "runner.py", *ddp_dgc_arguments(folder / "checkpoints")]
     return command("run", hosts, "--deadline", DEADLINE_S - 10, "--", *script)
-
-
-def final_state(folder):
-    """All tensors of the last checkpoint by file and path: parameters, optimizer, and u and v of every rank."""
-
-    def flat(value, path):
-        if isinstance(value, torch.Tensor):
-            return {path: value}
-        items = value.items() if isinstance(value, dict) else ()
-        return {key: tensor for name, part in items for key, tensor in flat(part, f"{path}/{name}").items()}
-
-    files = sorted((folder / "checkpoints" / f"epoch-{EPOCHS}").glob("*.pt"))
-    return {key: tensor for file in files for key, tensor in flat(torch.load(file), file.name).items()}
 
 
 def cut_in_the_middle(folder, hosts, state):
@@ -106,14 +91,6 @@ def hosts():
     cluster("down")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(hosts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    ran = run(folder, 2)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return final_state(folder)
-
-
 @needs_namespaces
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("state", ["down", pytest.param("unplugged", marks=pytest.mark.slow)])
@@ -128,7 +105,7 @@ def test_a_cut_host_ends_every_rank_and_the_restarted_job_ends_bit_identical(hos
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "epoch 2:" in ran.stdout
     assert "epoch 1:" not in ran.stdout, "the second start must resume, not begin again"
-    state, expected = final_state(tmp_path), undisturbed
+    state, expected = final_state(tmp_path / "checkpoints"), final_state(undisturbed[1])
     assert sum("/u" in name or "/v" in name for name in expected) > 2
     assert state.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []

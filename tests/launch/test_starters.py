@@ -1,10 +1,11 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from example_ranks import free_port
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PROBE = """
@@ -24,12 +25,6 @@ def start(starter, script, **settings):
         ["bash", str(LAUNCH / starter), str(script)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
