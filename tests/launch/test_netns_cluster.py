@@ -27,12 +27,13 @@ exec "$@"
 """
 
 
-def processes(marker):
-    """Ids of the processes with this in their command line."""
+def processes(marker, program=None):
+    """Ids of the processes with this in their command line, of all programs or one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if marker.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if marker.encode() in words and program in (None, words[0].decode()):
                 found.append(int(folder.name))
     return found
 
@@ -275,7 +276,7 @@ def test_an_interrupted_run_ends_what_it_started(hosts, environment, marker, how
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(how, signal.SIG_DFL),  # a job in the background ignores SIGINT, for good
     )
-    wait_until(lambda: len(processes(marker)) >= 4)
+    wait_until(lambda: len(processes(marker, "tail")) == 4)  # before they are that, they may still fork
     busy = cluster("run", 2, "--", "true", env=environment)
     assert (busy.returncode, f"a run is under way in cluster '{NAME}'" in busy.stderr) == (2, True)
     running.send_signal(how)
@@ -288,7 +289,7 @@ def test_what_a_killed_script_leaves_is_ended_by_the_next(hosts, environment, ma
     """torchrun is asked to stop by the kernel; what it does not know of has to wait for the next run."""
     arguments = command("run", 2, "--", "bash", "-c", JOB, "job", marker)
     running = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(processes(marker)) >= 4)
+    wait_until(lambda: len(processes(marker, "tail")) == 4)  # before they are that, they may still fork
     running.kill()
     running.wait()
     ran = cluster("run", 2, "--", "echo", "here", env=environment)
@@ -311,7 +312,7 @@ def test_down_ends_what_still_runs(environment, marker):
     assert cluster("up", 2, "none", name=name).returncode == 0
     arguments = command("run", 2, "--", "bash", "-c", JOB, "job", marker, name=name)
     running = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(processes(marker)) >= 4)
+    wait_until(lambda: len(processes(marker, "tail")) == 4)  # before they are that, they may still fork
     assert cluster("down", name=name).returncode == 0
     assert running.wait(DEADLINE_S) != 0
     assert processes(marker) == []
