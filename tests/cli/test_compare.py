@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -76,9 +74,8 @@ TINY = ["--data", "digits", "--model", "mlp", "--steps", "12"]
 
 
 @pytest.mark.timeout(110)
-def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(tmp_path):
-    command = [sys.executable, "-m", "distopt.cli", "compare", *TINY, "--out", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(warm_python, tmp_path):
+    ran = warm_python.run("from distopt.cli import main; main()", "compare", *TINY, "--out", tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     # Not a terminal: plain lines, no bar and no escape codes.
     assert "\x1b" not in ran.stdout
