@@ -1,8 +1,16 @@
+import gc
+
 import pytest
 
 from example_ranks import train_undisturbed
 from rank_pool import RankPool
 from warm_python import WarmPython
+
+
+def pytest_collection_finish():
+    """Collections of garbage need not look through torch and all the tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
