@@ -67,39 +67,42 @@ def rank_that_trains(rank, size, store, algorithm, ending, pipe):
         pipe.send((str(error), error.ranks, again, unchanged, stats["state"], stats["lost_ranks"]))
 
 
-def lose_the_last(tmp_path, size, algorithm, ending):
-    pipes = [FORKS.Pipe() for _ in range(size)]
-    arguments = [(rank, size, str(tmp_path / "store"), algorithm, ending, pipes[rank][1]) for rank in range(size)]
-    processes = [FORKS.Process(target=rank_that_trains, args=one) for one in arguments]
+LOSSES = {
+    "streaming": (2, distopt.DGC(density=0.01, peer_timeout=3.0), "SIGSTOP", "no heartbeat for"),
+    "killed": (3, distopt.DGC(density=0.01, peer_timeout=3.0), "SIGKILL", ""),
+    "balanced": (3, distopt.TopK(density=0.01, exchange="balanced", peer_timeout=3.0), "SIGSTOP", ""),
+    "deferred": (2, distopt.DGC(density=0.01, clip=1.0, nonfinite="skip", peer_timeout=3.0), "SIGSTOP",
+                 "no heartbeat for"),
+    "dense": (2, distopt.Dense(peer_timeout=3.0), "SIGSTOP", "no heartbeat for"),
+    "failed": (2, distopt.DGC(density=0.01, peer_timeout=3600.0), "fail", "it has ended with an error"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Pipes of the ranks that are left, by loss; all losses wait for their timeouts at the same time."""
+    folder = tmp_path_factory.mktemp("stores")
+    pipes, processes = {}, []
+    for name, (size, algorithm, ending, _) in LOSSES.items():
+        made = [FORKS.Pipe() for _ in range(size)]
+        for rank, (_, theirs) in enumerate(made):
+            one = (rank, size, str(folder / name), algorithm, ending, theirs)
+            processes.append(FORKS.Process(target=rank_that_trains, args=one))
+            processes[-1].start()
+        pipes[name] = [ours for ours, _ in made[:-1]]
+    yield pipes
     for process in processes:
-        process.start()
-    try:
-        answers = []
-        for ours, _ in pipes[:-1]:
-            assert ours.poll(DEADLINE_S), "a rank has not noticed"
-            answers.append(ours.recv())
-        return answers
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
 
 
-@pytest.mark.parametrize(
-    ("size", "algorithm", "ending", "reason"),
-    [
-        (2, distopt.DGC(density=0.01, peer_timeout=3.0), "SIGSTOP", "no heartbeat for"),
-        (3, distopt.DGC(density=0.01, peer_timeout=3.0), "SIGKILL", ""),
-        (3, distopt.TopK(density=0.01, exchange="balanced", peer_timeout=3.0), "SIGSTOP", ""),
-        (2, distopt.DGC(density=0.01, clip=1.0, nonfinite="skip", peer_timeout=3.0), "SIGSTOP", "no heartbeat for"),
-        (2, distopt.Dense(peer_timeout=3.0), "SIGSTOP", "no heartbeat for"),
-        (2, distopt.DGC(density=0.01, peer_timeout=3600.0), "fail", "it has ended with an error"),
-    ],
-    ids=["streaming", "killed", "balanced", "deferred", "dense", "failed"],
-)
-def test_the_others_are_told_and_can_go_no_further(tmp_path, size, algorithm, ending, reason):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_others_are_told_and_can_go_no_further(told, loss):
+    size, _, _, reason = LOSSES[loss]
     lost = size - 1
-    for message, ranks, again, unchanged, state, in_stats in lose_the_last(tmp_path, size, algorithm, ending):
+    for pipe in told[loss]:
+        assert pipe.poll(DEADLINE_S), "a rank has not noticed"
+        message, ranks, again, unchanged, state, in_stats = pipe.recv()
         assert message.startswith(f"lost rank {lost} (")
         assert reason in message
         assert (ranks, in_stats, state) == ((lost,), [lost], "lost")
