@@ -204,7 +204,7 @@ def used_in(name: str, step: int, rank: int) -> bool:
 
 def on_unused(algorithm, *, view: bool, set_to_none: bool, accumulate: int, deferred: bool) -> None:
     """Mass: what was put in is what moved the parameters and what is held back; exact on small integers."""
-    rank, steps, rate = dist.get_rank(), 12, 2.0**-4
+    rank, steps, rate = dist.get_rank(), 8, 2.0**-4
     model = DistributedDataParallel(
         Chosen(), bucket_cap_mb=0.0005, find_unused_parameters=True, gradient_as_bucket_view=view
     )
