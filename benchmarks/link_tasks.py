@@ -153,6 +153,7 @@ class Text(Task):
     clip = 0.5
     warmup_stage = 20
     batch = 16
+    num_characters_per_step = 32
     hidden = 256
 
     def __init__(self) -> None:
@@ -165,7 +166,7 @@ class Text(Task):
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Tensor]:
         state = None
-        for characters, following, begins in lm_dgc.batches(self.train_text, self.batch):
+        for characters, following, begins in lm_dgc.batches(self.train_text, self.batch, self.num_characters_per_step):
             state = None if begins or state is None else tuple(part.detach() for part in state)
             scores, state = model(characters, state)
             yield lm_dgc.loss_of(scores, following)
