@@ -34,7 +34,8 @@ def test_value_is_sent_plus_error(wire, source, data):
     else:
         assert error.dtype == source
         total = sent.double() + error.double()
-        assert torch.equal(total.to(source), values)
+        # far beyond the wire's range the error of a float64 rounds, and so does the sum
+        torch.testing.assert_close(total.to(source), values, rtol=2.0**-52 if source is torch.float64 else 0, atol=0)
         if source == torch.float32:  # what memories hold: exact, until 65504 is less than the last place of the value
             small = values.abs() < 2.0**28
             assert torch.equal(total[small], values.double()[small])
