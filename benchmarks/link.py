@@ -50,6 +50,10 @@ def arguments() -> argparse.Namespace:
         "--training", choices=("with", "without", "only"), default="with",
         help="to the target: with the steps, without it, or only it, added to the steps that --json has already",
     )  # fmt: skip
+    parser.add_argument(
+        "--unpinned", dest="pinned", action="store_false",
+        help="let the scheduler place all threads; otherwise each host has a core of its own, if there are enough",
+    )  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="DIR", help="also write a trace of DGC, and how much overlaps")
     parser.add_argument("--deadline", type=int, default=900, help="seconds for one cell")
     parser.add_argument("--json", type=Path, help="write the results here, keeping the cells of other runs")
@@ -61,12 +65,13 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def job(hosts: int, rate: str, spec: dict, deadline_s: int) -> dict:
+def job(hosts: int, rate: str, spec: dict, deadline_s: int, *, pinned: bool) -> dict:
     """Runs the worker on a cluster of its own. Returns its result, or {"failed": the end of the log}."""
     with tempfile.TemporaryDirectory() as folder:
         task, result, logs = Path(folder, "task.json"), Path(folder, "result.json"), Path(folder, "logs")
         task.write_text(json.dumps({**spec, "result": str(result)}))
         command = ["bash", CLUSTER, "--name", "bench", "--deadline", deadline_s, "--grace", 5, "--logs", logs]
+        command += [] if pinned else ["--unpinned"]
         command += ["once", hosts, rate, "--", REPOSITORY / "benchmarks" / "link_worker.py", task]
         environment = {
             **os.environ,
@@ -118,13 +123,13 @@ def measure(hosts: int, rate: str, model: str, options: argparse.Namespace) -> d
         "train": [name for name in shared if trains and name not in UNTRAINED],
         "trace": str(trace.resolve()) if trace else None,
     }
-    cell = job(hosts, rate, spec, options.deadline)
+    cell = job(hosts, rate, spec, options.deadline, pinned=options.pinned)
     if "failed" in cell:
         raise SystemExit(f"{hosts} hosts at {rate}, {model}: {cell['failed']}\n" + "\n".join(cell["log"]))
     for name in options.modes:
         if MODES[name].alone and rate == options.rates[0]:
             spec = {"task": model, "modes": [name], "rounds": 2, "train": [], "trace": None}
-            alone = job(hosts, rate, spec, ALONE_DEADLINE_S)
+            alone = job(hosts, rate, spec, ALONE_DEADLINE_S, pinned=options.pinned)
             cell["modes"][name] = {"failed": alone["failed"]} if "failed" in alone else alone["modes"][name]
     for figures in cell["modes"].values():
         if "step_ms" in figures:
@@ -141,7 +146,7 @@ def add_training(cell: dict, options: argparse.Namespace) -> None:
     """Trains to the target in the cell's modes."""
     names = [name for name in options.modes if "step_ms" in cell["modes"].get(name, {}) and name not in UNTRAINED]
     spec = {"task": cell["model"], "modes": [], "rounds": 0, "train": names, "trace": None}
-    result = job(cell["hosts"], cell["rate"], spec, options.deadline)
+    result = job(cell["hosts"], cell["rate"], spec, options.deadline, pinned=options.pinned)
     if "failed" in result:
         raise SystemExit(f"training of {cell['model']}: {result['failed']}\n" + "\n".join(result["log"]))
     for name in names:
