@@ -40,7 +40,7 @@ def use(path, threads):
 
 
 @given(kinds, sizes, seeds, st.sampled_from([1.0, 0.5, 1 / 3, 1e-30]), kernels, st.integers(1, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_scale_equals_the_reference(kind, numel, seed, factor, path, threads):
     use(path, threads)
     x = tensor(kind, numel, seed)
@@ -84,7 +84,7 @@ def test_two_threads_find_what_either_sees():
 
 
 @given(kinds, sizes, seeds, momenta, st.booleans(), state_dtypes, kernels, st.integers(1, 2))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_momentum_step_equals_the_reference(kind, numel, seed, momentum, nesterov, dtype, path, threads):
     use(path, threads)
     grad, u = tensor(kind, numel, seed, dtype), tensor(kind, numel, seed + 1, dtype)
@@ -145,7 +145,7 @@ class Bucket:
     kernels,
     st.integers(1, 2),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_decay_step_equals_the_reference(numels, kind, seed, dtype, options, path, threads):
     use(path, threads)
     bucket = Bucket(numels, kind, seed, dtype)
