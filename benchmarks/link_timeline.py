@@ -46,7 +46,7 @@ def main() -> None:
             # AccumulateGrad is where DDP calls the hook: that time is select's
             and not (label == "backward" and "AccumulateGrad" in event["name"])
         ]
-        axes.broken_barh(spans, (row - 0.4, 0.8), color=colour, label=label)
+        axes.broken_barh(spans, (row - 0.4, 0.8), color=colour)
     axes.set_yticks(range(len(ROWS)), list(ROWS))
     axes.invert_yaxis()
     axes.set_xlabel(f"ms of one step of rank 0 ({options.trace.stem.removeprefix('trace-')}, under the profiler)")

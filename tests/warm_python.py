@@ -81,6 +81,7 @@ class WarmPython:
             "cwd": str(cwd or os.getcwd()),
             "environment": {**os.environ, **environment},
         }
+        # no `with`: they are the script's until it has ended, and close with it
         output, errors = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
         report, theirs = os.pipe()
         descriptors = [output.fileno(), errors.fileno(), theirs]

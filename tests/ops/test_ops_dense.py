@@ -21,15 +21,6 @@ momenta = st.sampled_from([0.0, 0.5, 0.9, 1.0])
 state_dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    path, threads = ops.backend(), torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if PATHS:
-        native.use_path(path)
-
-
 def use(path, threads):
     torch.set_num_threads(threads)
     if PATHS:

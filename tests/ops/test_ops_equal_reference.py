@@ -20,13 +20,6 @@ state_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 quick = settings(max_examples=300, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def _restore_path():
-    before = ops.backend()
-    yield
-    native.use_path(before)
-
-
 def check_all(names, expected, run):
     for path in PATHS:
         native.use_path(path)

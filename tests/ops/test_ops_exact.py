@@ -31,13 +31,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _restore_path():
-    before = ops.backend()
-    yield
-    native.use_path(before)
-
-
 def check(kind, seed):
     torch.manual_seed(seed)
     x = KINDS[kind]()

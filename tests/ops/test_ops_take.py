@@ -21,15 +21,6 @@ kernels = st.sampled_from(PATHS or ("reference",))
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    path, threads = ops.backend(), torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    if PATHS:
-        native.use_path(path)
-
-
 class Bucket:
     """A gradient with OUTSIDE around its segments, and the states of an operation."""
 

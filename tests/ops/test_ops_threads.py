@@ -10,14 +10,6 @@ from distopt.ops import native
 pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    path, threads = ops.backend(), torch.get_num_threads()
-    yield
-    native.use_path(path)
-    torch.set_num_threads(threads)
-
-
 def steps(kind, n, k, num_threads, steps=2):
     torch.set_num_threads(num_threads)
     u, v = torch.zeros(n), torch.zeros(n)
