@@ -31,7 +31,15 @@ class DesyncError(DistoptError, RuntimeError):
 
 
 class DecodeError(DistoptError, ValueError):
-    """What arrived cannot be decoded: a payload does not fit its header."""
+    """What arrived cannot be decoded: a payload does not fit its header, or too many coded messages are missing.
+
+    Attributes:
+        missing: The workers whose messages are missing, ascending; empty where a payload is at fault.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
 
 
 class PeerLostError(DistoptError, RuntimeError):
