@@ -1,7 +1,29 @@
 """Gradient coding: an exact gradient step that does not wait for the slowest ranks."""
 
+from distopt.coding.approximate import ApproximateCode, approximate, expander, least_squares, random_regular
 from distopt.coding.code import CODES, Code
 from distopt.coding.combine import combine
+from distopt.coding.cyclic import CyclicCode, cyclic, cyclic_mds
+from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
+from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 
-__all__ = ["CODES", "Code", "RepetitionCode", "binary", "combine", "fractional"]
+__all__ = [
+    "CODES",
+    "ApproximateCode",
+    "Code",
+    "CyclicCode",
+    "HeterogeneousCode",
+    "RepetitionCode",
+    "approximate",
+    "binary",
+    "combine",
+    "cyclic",
+    "cyclic_mds",
+    "expander",
+    "fractional",
+    "heterogeneous",
+    "least_squares",
+    "placement",
+    "random_regular",
+]
