@@ -8,8 +8,8 @@ Comment lines come first:
     0.80,nan,0.84                           0,1,0.79,0.7
 
 Left: one line per round, one column per worker, with an optional line of names. Right: one line per answer, compute_s
-optional. `nan` or nothing stands for an answer that never came. JSON, with null for what never came and `compute_s` like
-`seconds`, optional:
+optional. `nan` or nothing stands for an answer that never came. JSON, with null for what never came; `compute_s`, like
+`seconds`, is optional:
 
     {"load": 0.5, "seconds_per_load": 2.2, "seconds": [[0.81, 0.79, 4.02], [0.80, null, 0.84]]}
 """
