@@ -8,6 +8,7 @@ from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
 from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
 from distopt.coding.placement import placement
+from distopt.coding.planning import FAMILIES, Candidate, plan
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 from distopt.coding.scheme import Part, Run, Scheme, Task
 from distopt.coding.sequential import SequentialCode
@@ -20,12 +21,14 @@ from distopt.coding.trace import Trace
 
 __all__ = [
     "CODES",
+    "FAMILIES",
     "MSGC",
     "SRSGC",
     "STOP_RULES",
     "ApproximateCode",
     "Arbitrary",
     "Bursty",
+    "Candidate",
     "Cluster",
     "Code",
     "CyclicCode",
@@ -57,6 +60,7 @@ __all__ = [
     "heterogeneous",
     "least_squares",
     "placement",
+    "plan",
     "random_regular",
     "replay",
     "simulate",
