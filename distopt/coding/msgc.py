@@ -39,6 +39,8 @@ class MSGC(SequentialCode, name="m-sgc"):
                 f"burst must be less than window in m-sgc, got burst {self.burst} and window {self.window}; "
                 f"use window {self.burst + 1} or more"
             )
+        if self.coded:
+            _ = self.inner  # not every code exists for every n and s
 
     @property
     def coded(self) -> bool:

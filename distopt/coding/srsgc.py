@@ -37,6 +37,7 @@ class SRSGC(SequentialCode, name="sr-sgc"):
                 f"stragglers must leave somebody who answers, got {self.stragglers} of {self.n} workers, "
                 f"which makes s = {self.inner_stragglers}; use fewer"
             )
+        _ = self.inner  # not every code exists for every n and s
 
     @property
     def inner_stragglers(self) -> int:
