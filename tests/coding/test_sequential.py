@@ -44,7 +44,7 @@ def play(scheme, pattern, jobs):
 
 
 def jobs_for(scheme):
-    return 2 * scheme.window + 6
+    return scheme.window + 2 * scheme.burst + 4
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
@@ -207,7 +207,7 @@ def test_a_due_job_that_lacks_answers_names_them():
     run.tasks(0)
     run.record(0, 2)
     run.tasks(1)
-    with pytest.raises(DecodeError, match="job 0 cannot be decoded .* workers 0, 1, 3 are missing") as caught:
+    with pytest.raises(DecodeError, match=r"job 0 cannot be decoded .* workers 0, 1, 3 are missing") as caught:
         run.decode(0)
     assert caught.value.missing == (0, 1, 3)
     assert not run.may_end(1)
