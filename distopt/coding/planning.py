@@ -37,6 +37,7 @@ TIE = 0.005  # candidates within this part of the fastest count as equally fast
 
 _COARSE_JOBS = 80  # long enough that a delay of a few rounds does not decide
 _COARSE_BEST, _FINE_BEST = 16, 24  # of each family, that go on to the next step
+_HOPELESS = 1.25  # slower than the best by so much, if only by its load: not simulated
 _FINAL, _FINAL_PER_FAMILY = 32, 3
 _COPIES = 6
 _SURE_AFTER, _BEHIND = 2, 0.04  # copies after which a scheme that is so far behind is out
@@ -131,6 +132,13 @@ class _Question:
         )
         return found.seconds * (self.jobs + scheme.delay) / (jobs + scheme.delay)
 
+    def floor(self, scheme: Scheme) -> float:
+        """Of all jobs if each round took its fastest answer, at the scheme's mean load."""
+        slope = self.trace.slope if self.seconds_per_load is None else self.seconds_per_load
+        fastest = np.nan_to_num(self.trace.seconds, nan=math.inf).min(axis=1)
+        shifted = fastest[np.isfinite(fastest)] + slope * (scheme.load - self.trace.load)
+        return self.jobs * max(0.0, float(shifted.mean()))
+
     def copies(self, seed: int) -> Iterator["_Question"]:
         """The question itself, and with the workers in other places."""
         rng = np.random.default_rng(seed)
@@ -140,8 +148,16 @@ class _Question:
 
 
 def _fastest(question: _Question, schemes: Iterable[Scheme], count: int) -> list[Scheme]:
-    """The first `count` on the first rounds of the trace."""
-    return sorted(schemes, key=lambda scheme: question.seconds(scheme, _COARSE_JOBS))[:count]
+    """The first `count` on the first rounds of the trace; without those whose load alone makes them slow."""
+    found: list[tuple[float, int, Scheme]] = []
+    best = math.inf
+    floors = [(question.floor(scheme), place, scheme) for place, scheme in enumerate(schemes)]
+    for floor, place, scheme in sorted(floors, key=lambda each: each[:2]):
+        if floor <= _HOPELESS * best:
+            seconds = question.seconds(scheme, _COARSE_JOBS)
+            best = min(best, seconds)
+            found.append((seconds, place, scheme))
+    return [scheme for _, _, scheme in sorted(found, key=lambda each: each[:2])[:count]]
 
 
 def _finalists(question: _Question, by_family: dict[str, list[Scheme]]) -> dict[str, list[Scheme]]:
