@@ -26,10 +26,6 @@ from distopt.errors import ConfigError, DecodeError
 
 FloatArray = NDArray[np.float64]
 
-# A decoding is true if no part counts as more or less than 1 by more than this: the rounding of float32 messages is
-# about as large.
-_TRUE = 1e-6
-
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Code(ABC):
@@ -75,6 +71,11 @@ class Code(ABC):
     @property
     def exact(self) -> bool:
         """Whether a set that decodes gives the gradient itself, not an estimate."""
+        return True
+
+    @property
+    def interchangeable(self) -> bool:
+        """Whether any worker may take any row: not where the loads were made for the speeds of the workers."""
         return True
 
     def support(self, worker: int) -> tuple[int, ...]:
@@ -142,19 +143,12 @@ class Code(ABC):
             present[index] = True
         return present
 
-    def _check_true(self, coefficients: FloatArray, missing: Sequence[int]) -> FloatArray:
-        """The coefficients, if they are a decoding."""
-        largest = float(np.abs(coefficients @ self.matrix - 1.0).max())
-        if not largest <= _TRUE:  # NaN is no decoding either
-            raise self._undecodable(missing, f"the best there is counts some part wrong by {largest:.2g}")
-        return coefficients
-
     def _undecodable(self, missing: Sequence[int], reason: str) -> DecodeError:
         count = len(missing)
-        rule = f"{count} of {self.num_workers} workers are missing, and any s = {self.tolerance} may be"
+        rule = f"{count} of {self.num_workers} are missing, any {self.tolerance} may be"
+        remedy = "a larger s" if count > self.tolerance else f"binary({self.num_workers}, {self.tolerance})"
         return DecodeError(
-            f"{self!r} cannot decode without {name_workers(missing)}: {reason}; {rule}: wait for more of them, or use "
-            "a larger s",
+            f"{self!r} cannot decode without {name_workers(missing)}: {reason} ({rule}); wait for more or use {remedy}",
             missing,
         )
 
