@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
+from distopt import plotting
 from distopt.cli import compare as comparison
 from distopt.cli import datasets, info, machine, report
 from distopt.cli import link as links
@@ -149,7 +150,7 @@ def compare(
     )
     console = _console()
     # Both here first, so that what is missing is one clear error before any rank starts.
-    report.load_matplotlib()
+    plotting.load_matplotlib()
     loaded = datasets.load(data)
     jobs = settings.jobs(loaded)
     num_steps = settings.steps_for(loaded)
@@ -204,7 +205,7 @@ def measure_link(
         parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices
     )
     if out is not None:
-        report.load_matplotlib()
+        plotting.load_matplotlib()
     found = links.answer(question)
     if found is None:
         return

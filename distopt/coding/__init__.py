@@ -5,29 +5,47 @@ from distopt.coding.code import CODES, Code
 from distopt.coding.combine import combine
 from distopt.coding.cyclic import CyclicCode, cyclic, cyclic_mds
 from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
+from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
 from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 from distopt.coding.scheme import Part, Run, Scheme, Task
+from distopt.coding.sequential import SequentialCode
+from distopt.coding.simulation import Simulated, replay, simulate
+from distopt.coding.srsgc import SRSGC
+from distopt.coding.stopping import STOP_RULES, Decodable, Minimal, Paper, StopRule, stop_rule
 from distopt.coding.stragglers import Arbitrary, Bursty, Limits, PerRound, StragglerModel
+from distopt.coding.synthetic import Cluster
+from distopt.coding.trace import Trace
 
 __all__ = [
     "CODES",
+    "MSGC",
+    "SRSGC",
+    "STOP_RULES",
     "ApproximateCode",
     "Arbitrary",
     "Bursty",
+    "Cluster",
     "Code",
     "CyclicCode",
+    "Decodable",
     "HeterogeneousCode",
     "Limits",
+    "Minimal",
     "OneRound",
+    "Paper",
     "Part",
     "PerRound",
     "RepetitionCode",
     "Run",
     "Scheme",
+    "SequentialCode",
+    "Simulated",
+    "StopRule",
     "StragglerModel",
     "Task",
+    "Trace",
     "Uncoded",
     "approximate",
     "binary",
@@ -40,4 +58,7 @@ __all__ = [
     "least_squares",
     "placement",
     "random_regular",
+    "replay",
+    "simulate",
+    "stop_rule",
 ]

@@ -11,6 +11,7 @@ from distopt.errors import DecodeError
 
 NUM_PROJECTIONS = 2  # of each result's fingerprint
 
+
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
     """The result of one task.
@@ -48,7 +49,9 @@ def to_message(kind: int, round: int, sender: int, answer: Answer) -> Message:
     scalars = [[result.loss, result.count, *result.fingerprint] for result in answer.results]
     used = torch.stack([result.used for result in answer.results])
     vectors = [vector for result in answer.results for vector in result.vectors]
-    return Message(kind, round, sender, (torch.tensor(scalars, dtype=torch.float64), used, *vectors), (answer.compute_s,))
+    return Message(
+        kind, round, sender, (torch.tensor(scalars, dtype=torch.float64), used, *vectors), (answer.compute_s,)
+    )
 
 
 def specs(num_tasks: int, num_parameters: int, vectors: Sequence[TensorSpec]) -> list[TensorSpec]:

@@ -76,7 +76,10 @@ class FlatModel:
         """A digest of what no message carries: buffers and frozen parameters."""
         digest = hashlib.sha256()
         trained = {id(p) for p in self.parameters}
-        fixed = [*self.model.named_buffers(), *((n, p) for n, p in self.model.named_parameters() if id(p) not in trained)]
+        fixed = [
+            *self.model.named_buffers(),
+            *((n, p) for n, p in self.model.named_parameters() if id(p) not in trained),
+        ]
         for name, value in sorted(fixed, key=lambda pair: pair[0]):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -365,7 +365,9 @@ class Master:
             return
         self.statistics.disagreements += 1
         named = ", ".join(
-            f"worker {self._worker_at[row]} (rank {self._worker_at[row] + 1})" for some in wrong.suspects for row in some
+            f"worker {self._worker_at[row]} (rank {self._worker_at[row] + 1})"
+            for some in wrong.suspects
+            for row in some
         )
         text = (
             f"workers that computed the same parts in round {round} differ by {wrong.relative_size:.2g} of the "
@@ -387,5 +389,3 @@ class Master:
             f"again with those that are left, with a larger s, or with a longer deadline_s than {self._deadline_s:g}",
             sorted(silent),
         )
-
-

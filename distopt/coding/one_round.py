@@ -1,21 +1,19 @@
 """Schemes of one round per job, delay 0: a gradient code, and no code at all."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distopt.coding.code import Code
 from distopt.coding.scheme import Part, Run, Scheme, Task
 from distopt.config import check_count
-
-if TYPE_CHECKING:
-    from distopt.coding.code import Code
 
 
 class OneRound(Scheme):
     """A gradient code as a scheme: each round is one job, decoded from whoever has answered."""
 
-    def __init__(self, code: "Code") -> None:
+    def __init__(self, code: Code) -> None:
         self.code = code
         self._rows = [
             tuple((int(part), float(row[part])) for part in np.flatnonzero(row)) for row in np.asarray(code.matrix)

@@ -12,13 +12,13 @@ Limits: a worker's answer of a round counts whole or not at all.
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distopt.coding.code import name_workers
 from distopt.config import check_count
 from distopt.errors import ConfigError, DecodeError
 
@@ -37,11 +37,11 @@ class Task:
 
 
 class Part(NamedTuple):
-    """One term of a decoded gradient: `coefficient` times vector `index` of a worker's answer of `round`."""
+    """One term of a decoded gradient: `coefficient` times the vector of task `task` in a worker's answer."""
 
     round: int
     worker: int
-    index: int
+    task: int  # place in the worker's list of tasks, and so of the vector in its answer
     coefficient: float
 
 
@@ -206,8 +206,9 @@ class Run(ABC):
         if job not in self._decoded:
             if lacking := self._lacking(job):
                 raise DecodeError(
-                    f"job {job} must be decoded from what arrived by round {self.round}, but the answers of "
-                    f"{named(lacking)} are missing; wait for one of them, or tolerate more stragglers"
+                    f"job {job} cannot be decoded from what arrived by round {self.round}, for the answers of "
+                    f"{name_workers(lacking)} are missing; wait for more of them, or tolerate more stragglers",
+                    lacking,
                 )
             self._decoded[job] = self._combination(job)
         return self._decoded[job]
@@ -239,10 +240,3 @@ class Run(ABC):
         if not 0 <= worker < self.scheme.num_workers:
             raise ConfigError(f"worker must be in 0..{self.scheme.num_workers - 1}, got {worker}; give its id")
         return worker
-
-
-def named(workers: Iterable[int]) -> str:
-    """The workers for an error message, the first 20 of them."""
-    ids = sorted(workers)
-    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    return f"worker{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:20]))}{more}"

@@ -125,8 +125,8 @@ class Bursty(StragglerModel):
         """See `StragglerModel.limits`."""
         round = before.shape[1]
         start = max(0, round - self.window + 1)
-        recent = before[:, start:].any(axis=1)
-        barred = before[:, start : max(0, round - self.burst + 1)].any(axis=1)
+        recent = np.any(before[:, start:], axis=1)
+        barred = np.any(before[:, start : max(0, round - self.burst + 1)], axis=1)
         return Limits(recent, self.stragglers, barred)
 
 
