@@ -1,9 +1,12 @@
 """Gradient coding: an exact gradient step that does not wait for the slowest ranks."""
 
 from distopt.coding.approximate import ApproximateCode, approximate, expander, least_squares, random_regular
+from distopt.coding.attachment import CodedTraining
 from distopt.coding.code import CODES, Code
 from distopt.coding.combine import combine
+from distopt.coding.configuration import GradientCoding
 from distopt.coding.cyclic import CyclicCode, cyclic, cyclic_mds
+from distopt.coding.data_parts import Batches, DataPart
 from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
 from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
@@ -25,11 +28,15 @@ __all__ = [
     "STOP_RULES",
     "ApproximateCode",
     "Arbitrary",
+    "Batches",
     "Bursty",
     "Cluster",
     "Code",
+    "CodedTraining",
     "CyclicCode",
+    "DataPart",
     "Decodable",
+    "GradientCoding",
     "HeterogeneousCode",
     "Limits",
     "Minimal",

@@ -34,7 +34,7 @@ class DataPart:
 
 
 class Batches:
-    """Random batches without replacement: each epoch is a permutation of its own, by the seed; a last short one is left out.
+    """Random batches without replacement: each epoch is a permutation of its own, by the seed; no short last one.
 
     Args:
         num_samples: Length of the data set.

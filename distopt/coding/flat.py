@@ -68,7 +68,7 @@ class FlatModel:
                 p.grad = value.view(p.shape).to(p.device, copy=True) if has_gradient[id(p)] else None
 
     def describe(self) -> str:
-        """A digest of names, shapes and dtypes, in order: what ranks must agree on before they exchange flat tensors."""
+        """A digest of names, shapes and dtypes, in order: ranks must agree on it before they exchange flat tensors."""
         described = [(name, *p.shape, str(p.dtype)) for name, p in zip(self._names, self.parameters, strict=True)]
         return hashlib.sha256(repr(described).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The master's role: gives tasks, waits only as long as the stop rule says, decodes, and leaves the gradient to the user.
+"""The master's role: gives tasks, waits only as long as the stop rule says, decodes, leaves the gradient to the user.
 
 A round: each worker is sent the parameters it does not have yet and its tasks; answers are taken as they come; when the
 rule is content the job that is due is decoded, from the answers in the order of the workers. Late answers are received
@@ -91,6 +91,7 @@ class Master:
         self._snapshots: dict[int, list[Tensor]] = {}
         self._has: list[set[int]] = [set() for _ in rows]  # jobs whose parameters each worker was sent
         self._owes: list[dict[int, int]] = [{} for _ in rows]  # rounds it was sent, with their number of tasks
+        self._newest_sent = [-1 for _ in rows]  # the newest round whose tasks each worker was sent
         self._done: Tensor | None = None  # the frame that says that the loop is over
         self._told_done: list[bool] = [True for _ in rows]
         self._answers: dict[tuple[int, int], Answer] = {}  # by round and worker
@@ -100,9 +101,14 @@ class Master:
         self._ended = False
 
     @property
-    def num_jobs_done(self) -> int:
-        """Gradients decoded so far, over all runs."""
-        return self.statistics.steps
+    def position(self) -> tuple[int, int]:
+        """The next job and round, counted over all runs."""
+        decoded = 0 if self._run is None else max(0, self._round - self._round_base - self._scheme.delay + 1)
+        return self._job_base + decoded, self._round + 1
+
+    def start_at(self, job: int, round: int) -> None:
+        """Goes on with this job and round, before the first step."""
+        self._job_base, self._round = job, round - 1
 
     @property
     def gone(self) -> dict[int, str]:
@@ -227,7 +233,7 @@ class Master:
         self._answers = {key: kept for key, kept in self._answers.items() if key[0] >= oldest}
         for kept in (self._kept_tasks, self._starts, self._fingerprints):
             for old in [round for round in kept if round < self._round - max(_COMPARED_ROUNDS, self._scheme.delay)]:
-                del kept[old]  # type: ignore[attr-defined]
+                del kept[old]
 
     def _decode_due(self, run: Run) -> float | None:
         for flat in self._models:
@@ -236,10 +242,9 @@ class Master:
         due = local - self._scheme.delay
         if due < 0:
             return None
-        terms = run.decode(due)
-        terms.sort(key=lambda term: (term.round, self._row_of_term(term.worker), term.index))
+        terms = sorted(run.decode(due))  # by round, place and task: the order of arrival changes no bit
         results = [
-            self._answers[self._round_base + term.round, self._worker_at[term.worker]].results[term.index]
+            self._answers[self._round_base + term.round, self._worker_at[term.worker]].results[term.task]
             for term in terms
         ]
         coefficients = [term.coefficient for term in terms]
@@ -255,9 +260,6 @@ class Master:
         self._published.pop(job, None)
         self.statistics.decoded(float(np.linalg.norm(coefficients)))
         return loss / count
-
-    def _row_of_term(self, row: int) -> int:
-        return row
 
     def _finish_loop(self) -> None:
         """Every worker gets the parameters as they are now, so that all ranks end the loop with one model."""
@@ -283,8 +285,9 @@ class Master:
     def _send_tasks(self, worker: int) -> None:
         tasks = self._tasks[self._row_of[worker]] if self._tasks else []
         owes = self._owes[worker]
-        if not tasks or self._round in owes or len(owes) >= WINDOW or worker in self._failed:
+        if not tasks or self._newest_sent[worker] == self._round or len(owes) >= WINDOW or worker in self._failed:
             return
+        self._newest_sent[worker] = self._round
         has = self._has[worker]
         has -= {job for job in has if job < self._job_base + self._round - self._round_base - self._scheme.delay}
         own = [Task(self._job_base + task.job, task.row) for task in tasks]
@@ -385,7 +388,8 @@ class Master:
             for worker in silent
         )
         return DecodeError(
-            f"round {self._round} cannot be decoded without {named}; {self._scheme!r} tolerates fewer stragglers: start "
-            f"again with those that are left, with a larger s, or with a longer deadline_s than {self._deadline_s:g}",
+            f"round {self._round} cannot be decoded without {named}; {self._scheme!r} tolerates fewer stragglers: "
+            "start again with those that are left, with a larger s, or with a longer deadline_s than "
+            f"{self._deadline_s:g}",
             sorted(silent),
         )

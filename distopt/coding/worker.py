@@ -98,8 +98,14 @@ class Worker:
         if self._order is not None and self._order[0] == round:
             self._order = None
 
-    def close(self) -> None:
-        """Nothing to tell: the master notices the end of the connection."""
+    @property
+    def position(self) -> tuple[int, int]:
+        """The next job and round, as far as a worker of a scheme without delay knows."""
+        return self._next_round, self._next_round
+
+    def start_at(self, job: int, round: int) -> None:
+        """Goes on with this round, before the first step."""
+        self._next_round = self._done = round
 
     def _check_rules(self, tasks: Sequence[Task], loss: PartLoss) -> None:
         for flat in self._computation.models:

@@ -7,6 +7,7 @@ from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, bro
 from distopt.comm.gloo import GlooTransport
 from distopt.comm.heartbeat import Heartbeat
 from distopt.comm.in_process import InProcess
+from distopt.comm.job import Job, find_job
 from distopt.comm.lifetime import KeptUntilDone
 from distopt.comm.link import Link, LinkModel, measure_link
 from distopt.comm.message import Message, TensorSpec, frame_bytes
@@ -22,6 +23,7 @@ __all__ = [
     "GlooTransport",
     "Heartbeat",
     "InProcess",
+    "Job",
     "KeptUntilDone",
     "Link",
     "LinkModel",
@@ -37,6 +39,7 @@ __all__ = [
     "await_at_exit",
     "broadcast_from_first",
     "end_when_stuck",
+    "find_job",
     "find_nodes",
     "frame_bytes",
     "gather_json",

@@ -126,6 +126,12 @@ def decode(frame: Tensor) -> Message:
     return Message(kind, round_, sender, tuple(_views(frame, header_bytes, specs)), numbers)
 
 
+def length(frame: Tensor) -> int:
+    """Bytes of the message in a frame that `decode` takes, without what is behind its end."""
+    prefix = frame[: _PREFIX.size].numpy().tobytes()
+    return int(_PREFIX.unpack(prefix)[-1])
+
+
 def frame_bytes(specs: Sequence[TensorSpec], num_numbers: int) -> int:
     """Length of the frame of a message with such tensors and that many numbers."""
     end = _header_bytes(specs, num_numbers)
