@@ -5,6 +5,7 @@ from distopt.coding.code import CODES, Code
 from distopt.coding.combine import combine
 from distopt.coding.cyclic import CyclicCode, cyclic, cyclic_mds
 from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
+from distopt.coding.parity import Disagreement, disagreement, fingerprint
 from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 
@@ -13,6 +14,7 @@ __all__ = [
     "ApproximateCode",
     "Code",
     "CyclicCode",
+    "Disagreement",
     "HeterogeneousCode",
     "RepetitionCode",
     "approximate",
@@ -20,7 +22,9 @@ __all__ = [
     "combine",
     "cyclic",
     "cyclic_mds",
+    "disagreement",
     "expander",
+    "fingerprint",
     "fractional",
     "heterogeneous",
     "least_squares",

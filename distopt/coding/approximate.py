@@ -11,8 +11,9 @@ stragglers nobody waits for.
   whose second singular value is smallest of many (Raviv et al., 1707.03858).
 - `least_squares`: any matrix.
 
-Limits: the estimate is biased where parts are left out: the same workers missing in every round train on the data of
-the others only.
+Limits: an expander bounds the error whoever is missing; where stragglers are random, repetition leaves less of it on
+average (the table in `tests/coding/test_approximate.py`). The estimate is biased where parts are left out: if the same
+workers are missing in every round, their data are not learned from.
 """
 
 import dataclasses

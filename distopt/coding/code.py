@@ -133,7 +133,7 @@ class Code(ABC):
         rows = self.matrix[list(arrived)]
         left, sizes, _ = np.linalg.svd(rows)
         rank = int((sizes > sizes.max(initial=0.0) * _NO_RANK).sum())
-        return np.ascontiguousarray(left[:, rank:].T)
+        return without_noise(left[:, rank:].T)
 
     def error(self, survivors: Iterable[int]) -> float:
         """The mean over the samples of `(a @ matrix - 1) ** 2`: `||a B - 1||^2 / n` where all parts are equal.
@@ -178,6 +178,11 @@ class Code(ABC):
 def amplification(coefficients: FloatArray) -> float:
     """`||a||_2` of the coefficients that `Code.decode` gave."""
     return float(math.sqrt(coefficients @ coefficients))
+
+
+def without_noise(checks: FloatArray) -> FloatArray:
+    """Rows of norm 1 without the entries that are zero but for rounding."""
+    return np.where(np.abs(checks) > _NO_RANK, checks, 0.0)
 
 
 def name_workers(workers: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from distopt.coding.code import Code, FloatArray, check_workers, register, uniform_weights
+from distopt.coding.code import Code, FloatArray, check_workers, register, uniform_weights, without_noise
 from distopt.config import check_count
 from distopt.errors import ConfigError
 
@@ -67,7 +67,7 @@ class CyclicCode(Code):
         # Sums of null rows that are zero at the missing.
         _, sizes, right = np.linalg.svd(self.null_rows[:, ~present].T)
         free = right[len(sizes) :]
-        return np.ascontiguousarray((free @ self.null_rows)[:, list(arrived)])
+        return without_noise((free @ self.null_rows)[:, list(arrived)])
 
     def decodable(self, survivors: Iterable[int]) -> bool:
         """See `Code.decodable`. True if at most s are missing, without a look at how well that decodes."""

@@ -9,8 +9,9 @@ For repetition codes the checks are the plain ones: members of a group are equal
 equal sums. For cyclic codes there is one for each arrival beyond n - s.
 
 Limits: what arrived must be more than a decoding needs, else there is nothing to compare. One worker can be told from
-the others only if two independent checks see it: of a group of two, both are named. A difference that the fingerprints
-do not see (probability 0 for random r) stays unseen, and one within `tolerance` counts as rounding.
+the others only if two independent checks see it: of a group of two, both are named. What is within `tolerance` of the
+messages that are compared counts as rounding; in the checks of a cyclic code some workers have small weights, so that
+only large differences of theirs are seen.
 """
 
 import dataclasses
@@ -26,6 +27,9 @@ from distopt.errors import ConfigError
 
 _COLUMNS = 4096
 _ROWS_AT_ONCE = 256
+
+# Workers that explain a violation are told apart by what they leave unexplained, as a fraction of the tolerance.
+_NEAR, _EXACT = 10.0, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +106,19 @@ def disagreement(
 
 def _suspects(checks: FloatArray, residuals: FloatArray, allowed: FloatArray) -> list[int]:
     """The columns any one of which alone explains the residuals, or all that take part in a violated check."""
-    explaining = []
-    for column in np.flatnonzero(checks.any(axis=0)):
+    columns = np.flatnonzero(checks.any(axis=0))
+    unexplained = np.empty((len(columns), len(checks)))
+    for left, column in zip(unexplained, columns, strict=True):
         seen = checks[:, column]
         difference = seen @ residuals / (seen @ seen)
-        unexplained = np.linalg.norm(residuals - np.outer(seen, difference), axis=1)
-        if (unexplained <= allowed).all():
-            explaining.append(int(column))
+        left[:] = np.linalg.norm(residuals - np.outer(seen, difference), axis=1) / allowed
+    explains = (unexplained <= 1.0).all(axis=1)
+    if explains.any():
+        # Of several, those that leave more than a little beside the best one are only near to it.
+        most = unexplained.max(axis=1)
+        return [int(column) for column in columns[explains & (most <= _NEAR * most.min() + _EXACT)]]
     violated = np.linalg.norm(residuals, axis=1) > allowed
-    return explaining or np.flatnonzero(checks[violated].any(axis=0)).tolist()
+    return [int(column) for column in np.flatnonzero(checks[violated].any(axis=0))]
 
 
 def _connected(checks: FloatArray) -> list[list[int]]:
