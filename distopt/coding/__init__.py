@@ -10,6 +10,7 @@ from distopt.coding.data_parts import Batches, DataPart
 from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
 from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
+from distopt.coding.parity import Disagreement, disagreement, fingerprint
 from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 from distopt.coding.scheme import Part, Run, Scheme, Task
@@ -36,6 +37,7 @@ __all__ = [
     "CyclicCode",
     "DataPart",
     "Decodable",
+    "Disagreement",
     "GradientCoding",
     "HeterogeneousCode",
     "Limits",
@@ -59,7 +61,9 @@ __all__ = [
     "combine",
     "cyclic",
     "cyclic_mds",
+    "disagreement",
     "expander",
+    "fingerprint",
     "fractional",
     "heterogeneous",
     "least_squares",

@@ -119,6 +119,11 @@ class CodedTraining:
         return isinstance(self._role, Master)
 
     @property
+    def worker(self) -> int | None:
+        """The number of this worker, from 0; None on a master that does not compute."""
+        return None if self.is_master else self.rank - 1
+
+    @property
     def num_workers(self) -> int:
         """Ranks that compute."""
         return self.scheme.num_workers
