@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--width", type=int, default=256, help="of the hidden layer")
     parser.add_argument("--tolerate", type=int, default=1, help="how many slow workers no step waits for")
     parser.add_argument("--code", default="auto", help="a name in distopt.coding.CODES")
-    parser.add_argument("--master", default="first", choices=("first", "sharded"), help="who decodes")
+    parser.add_argument("--decoder", default="first", choices=("first", "sharded"), help="who decodes")
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds that one step may take")
     parser.add_argument(
         "--stragglers",
@@ -77,7 +77,7 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9)
     batches = distopt.coding.Batches(len(labels), args.batch_size)
     coding = distopt.GradientCoding(
-        code=args.code, stragglers=args.tolerate, master=args.master, deadline_s=args.deadline
+        code=args.code, stragglers=args.tolerate, master=args.decoder, deadline_s=args.deadline
     )
 
     began = time.monotonic()

@@ -20,7 +20,9 @@ from distopt.coding.handshake import Facts, gather, greet
 from distopt.coding.master import Master
 from distopt.coding.one_round import OneRound
 from distopt.coding.placement import placement
+from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Scheme
+from distopt.coding.sharded import Sharded
 from distopt.coding.trace import Trace
 from distopt.coding.worker import MASTER, Worker
 from distopt.comm import TensorSpec, Transport, find_job, frame_bytes
@@ -67,14 +69,15 @@ class CodedTraining:
         facts: Facts = {}
         try:
             flats = [FlatModel(model) for model in models]
-            self.scheme = algorithm.scheme_for(job.size - 1)
+            self.scheme = algorithm.scheme_for(job.size - (algorithm.master == "first"))
             _check(algorithm, self.scheme, flats, optimizers)
             facts = _facts(algorithm, flats, batches)
             longest = max(_TEXT_BYTES, _longest_frame(self.scheme, flats))
         except DistoptError as error:
             problem = error
         self.rank = job.rank
-        self._transport = job.open(longest, None if job.rank == MASTER else [MASTER])
+        talks_to_all = job.rank == MASTER or algorithm.master == "sharded"
+        self._transport = job.open(longest, None if talks_to_all else [MASTER])
         try:
             self._take_role(problem, facts, flats if problem is None else [])
         except DistoptError:
@@ -86,42 +89,59 @@ class CodedTraining:
     def _take_role(self, problem: DistoptError | None, facts: Facts, flats: list[FlatModel]) -> None:
         algorithm = self.algorithm
         node = [os.environ.get("GROUP_RANK"), socket.gethostname()]
-        if self.rank != MASTER:
-            greet(self._transport, facts, node, problem, algorithm.deadline_s)
-            computation = Computation(flats, self.scheme.chunks, self.batches, algorithm.seed)
-            self._role: Master | Worker = Worker(
+        meet = gather if self.rank == MASTER else greet
+        nodes = meet(self._transport, facts, node, problem, algorithm.deadline_s)
+        computation = Computation(flats, self.scheme.chunks, self.batches, algorithm.seed)
+        self._role: Master | Worker | Sharded
+        if algorithm.master == "sharded":
+            assert isinstance(self.scheme, OneRound)
+            assert isinstance(self.scheme.code, RepetitionCode)
+            self._role = Sharded(
+                self._transport,
+                self.scheme.code,
+                placement(self.scheme.code, nodes),
+                computation,
+                deadline_s=algorithm.deadline_s,
+                checks_rules=algorithm.check_rules,
+            )
+        elif self.rank == MASTER:
+            self._role = Master(
+                self._transport,
+                self.scheme,
+                self._rows(nodes[1:]),
+                flats,
+                algorithm.rule(),
+                deadline_s=algorithm.deadline_s,
+                amplification_limit=algorithm.amplification_limit,
+                replicas=algorithm.replicas,
+                tolerance=algorithm.replica_tolerance or _rounding(flats),
+            )
+        else:
+            self._role = Worker(
                 self._transport,
                 computation,
                 delay=self.scheme.delay,
                 patience_s=2 * algorithm.deadline_s,
                 checks_rules=algorithm.check_rules,
             )
-            return
-        nodes = gather(self._transport, facts, node, problem, algorithm.deadline_s)[1:]
-        rows = list(range(self.scheme.num_workers))
+
+    def _rows(self, nodes: Sequence[Any]) -> list[int]:
+        """The place in the scheme of each worker; a sequential scheme takes them in rank order."""
         if isinstance(self.scheme, OneRound):
-            rows = placement(self.scheme.code, nodes)
-        self._role = Master(
-            self._transport,
-            self.scheme,
-            rows,
-            flats,
-            algorithm.rule(),
-            deadline_s=algorithm.deadline_s,
-            amplification_limit=algorithm.amplification_limit,
-            replicas=algorithm.replicas,
-            tolerance=algorithm.replica_tolerance or _rounding(flats),
-        )
+            return placement(self.scheme.code, nodes)
+        return list(range(self.scheme.num_workers))
 
     @property
     def is_master(self) -> bool:
-        """Whether gradients arrive at this rank."""
-        return isinstance(self._role, Master)
+        """Whether gradients arrive at this rank; at all ranks with a sharded master."""
+        return not isinstance(self._role, Worker)
 
     @property
     def worker(self) -> int | None:
         """The number of this worker, from 0; None on a master that does not compute."""
-        return None if self.is_master else self.rank - 1
+        if isinstance(self._role, Sharded):
+            return self.rank
+        return None if isinstance(self._role, Master) else self.rank - 1
 
     @property
     def num_workers(self) -> int:
@@ -140,7 +160,7 @@ class CodedTraining:
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ConfigError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
         self._in_loop = True
-        rounds = num_steps if isinstance(self._role, Master) else num_steps + self.scheme.delay
+        rounds = num_steps + self.scheme.delay if isinstance(self._role, Worker) else num_steps
         yield from self._role.steps(rounds)
         self._in_loop = False
 
@@ -165,8 +185,7 @@ class CodedTraining:
         """
         if isinstance(self._role, Master):
             return self._role.backward()
-        self._role.backward(loss)
-        return None
+        return self._role.backward(loss)
 
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a word to the others; see docs/coding.md for every key."""
@@ -175,9 +194,9 @@ class CodedTraining:
             "scheme": self.scheme.to_dict(),
             "load": self.scheme.load,
             "rank": self.rank,
-            "role": "master" if self.is_master else "worker",
+            "role": type(self._role).__name__.lower(),
         }
-        if isinstance(self._role, Master):
+        if not isinstance(self._role, Worker):
             return {**known, **self._role.statistics.report(self._role.gone)}
         return {
             **known,
@@ -250,12 +269,12 @@ class CodedTraining:
         if not self._attached:
             return
         self._attached = False
-        if isinstance(self._role, Master):
+        if not isinstance(self._role, Worker):
             self._role.end(reason)
         self._transport.close(_CLOSE_S)
 
     def _history(self, what: str) -> list[reports.Arrivals]:
-        history = list(self._role.statistics.history) if isinstance(self._role, Master) else []
+        history = [] if isinstance(self._role, Worker) else list(self._role.statistics.history)
         if not history:
             raise CompatibilityError(f"{what} is known on the master, rank 0, after a step; this is rank {self.rank}")
         return history

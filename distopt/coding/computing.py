@@ -62,7 +62,7 @@ class Computation:
 
         Args:
             tasks: What to compute.
-            parameters: The flat parameters of each job in the tasks.
+            parameters: The flat parameters of each job in the tasks; those of a job that is not there are in its model.
             loss: Of one part.
             interrupted: Whether nobody waits for the result any more.
         """
@@ -71,7 +71,8 @@ class Computation:
         with record_function("distopt::coded_gradient"):
             for task in tasks:
                 flat = self.models[task.job % len(self.models)]
-                flat.write(parameters[task.job])
+                if task.job in parameters:
+                    flat.write(parameters[task.job])
                 flat.clear_gradients()
                 total_loss = total_count = 0.0
                 for chunk, coefficient in task.row:

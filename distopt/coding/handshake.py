@@ -16,8 +16,10 @@ MASTER = 0
 Facts = dict[str, Any]  # what must be equal on all ranks, by name
 
 
-def greet(transport: Transport, facts: Facts, node: object, problem: DistoptError | None, timeout_s: float) -> None:
-    """A worker's side.
+def greet(
+    transport: Transport, facts: Facts, node: object, problem: DistoptError | None, timeout_s: float
+) -> list[Any]:
+    """A worker's side; returns the nodes of all ranks, in rank order.
 
     Args:
         transport: To the master.
@@ -39,8 +41,10 @@ def greet(transport: Transport, facts: Facts, node: object, problem: DistoptErro
         raise PeerLostError(f"the master, rank 0, did not answer within {timeout_s:g} s; did it start?", (MASTER,))
     if answer[1].kind != Kind.WELCOME:
         raise DesyncError(f"the master said kind {answer[1].kind} before it said welcome; start all ranks again")
-    if refusal := text_of(answer[1]):
-        raise DesyncError(str(refusal))
+    told = text_of(answer[1])
+    if told["refusal"]:
+        raise DesyncError(str(told["refusal"]))
+    return [_hashable(node) for node in told["nodes"]]
 
 
 def gather(
@@ -71,14 +75,15 @@ def gather(
             refusal = refusal or f"rank {source}: {content['problem']}"
         else:
             refusal = refusal or _difference(facts, content["facts"], source)
-    frame = message.encode(text_message(Kind.WELCOME, 0, MASTER, refusal))
+    in_order = [nodes.get(rank) for rank in range(transport.size)]
+    frame = message.encode(text_message(Kind.WELCOME, 0, MASTER, {"refusal": refusal, "nodes": in_order}))
     for rank in range(1, transport.size):
         transport.send(rank, frame)
     if problem is not None:
         raise problem
     if refusal is not None:
         raise (PeerLostError(refusal, sorted(missing)) if missing else CompatibilityError(refusal))
-    return [_hashable(nodes[rank]) for rank in range(transport.size)]
+    return [_hashable(node) for node in in_order]
 
 
 def _difference(ours: Facts, theirs: Facts, rank: int) -> str | None:

@@ -86,9 +86,7 @@ class Master:
         self._began = 0.0
         self._starts: dict[int, float] = {}
         self._tasks: list[list[Task]] = []  # of the current round by place in the scheme
-        self._kept_tasks: dict[int, list[list[Task]]] = {}
         self._published: dict[int, Tensor] = {}  # frames with the parameters of jobs that are not decoded
-        self._snapshots: dict[int, list[Tensor]] = {}
         self._has: list[set[int]] = [set() for _ in rows]  # jobs whose parameters each worker was sent
         self._owes: list[dict[int, int]] = [{} for _ in rows]  # rounds it was sent, with their number of tasks
         self._newest_sent = [-1 for _ in rows]  # the newest round whose tasks each worker was sent
@@ -176,11 +174,11 @@ class Master:
     def _begin_round(self, run: Run) -> None:
         self._round += 1
         local = self._round - self._round_base
-        self._tasks = self._kept_tasks[self._round] = run.tasks(local)
+        self._tasks = run.tasks(local)
         if local < run.num_jobs:
             self._publish(self._job_base + local)
         self._began = self._starts[self._round] = time.monotonic()
-        self.statistics.begin(self._round)
+        self.statistics.begin(self._round, self._began)
         for worker in range(len(self._row_of)):
             self._send_tasks(worker)
 
@@ -231,9 +229,11 @@ class Master:
                 _log.warning("worker %d (rank %d) counts as a straggler from now on: %s", worker, worker + 1, known)
         oldest = self._round - self._scheme.delay
         self._answers = {key: kept for key, kept in self._answers.items() if key[0] >= oldest}
-        for kept in (self._kept_tasks, self._starts, self._fingerprints):
-            for old in [round for round in kept if round < self._round - max(_COMPARED_ROUNDS, self._scheme.delay)]:
-                del kept[old]
+        for round in [round for round in self._fingerprints if round < self._round - _COMPARED_ROUNDS]:
+            del self._fingerprints[round]
+        owed = [round for owes in self._owes for round in owes]
+        for round in [round for round in self._starts if round < min([self._round, *owed])]:
+            del self._starts[round]
 
     def _decode_due(self, run: Run) -> float | None:
         for flat in self._models:
@@ -327,6 +327,12 @@ class Master:
         if said.kind == Kind.SEEN and num_tasks == 0:
             self._settle(worker, said.round)
             return None
+        if said.kind == Kind.SKIPPED and num_tasks:
+            self._settle(worker, said.round)
+            if said.round in self._starts:
+                self.statistics.arrived(said.round, worker, time.monotonic() - self._starts[said.round])
+            self._send_next(worker)
+            return None
         if said.kind != Kind.ANSWER or not num_tasks:
             raise DecodeError(
                 f"worker {worker} owes answers to rounds {sorted(self._owes[worker])}, got kind {said.kind} for round "
@@ -344,9 +350,8 @@ class Master:
         self._owes[worker] = {owed: tasks for owed, tasks in self._owes[worker].items() if owed > round}
 
     def _take(self, worker: int, round: int, found: Answer) -> None:
-        seconds = time.monotonic() - self._starts.get(round, math.nan)
-        if not math.isnan(seconds):
-            self.statistics.arrived(round, worker, seconds, found.compute_s)
+        if round in self._starts:
+            self.statistics.arrived(round, worker, time.monotonic() - self._starts[round], found.compute_s)
         row = self._row_of[worker]
         if self._run is not None and round >= self._round_base:
             self._run.record(round - self._round_base, row)

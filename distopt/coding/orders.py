@@ -25,6 +25,7 @@ class Kind(enum.IntEnum):
     PARAMETERS = 3  # master: of the job that `round` names
     TASKS = 4  # master: of a round
     ANSWER = 5  # worker: to a round's tasks
+    SKIPPED = 12  # worker: a round's tasks, for newer ones
     DONE = 6  # master: the loop is over, and `round` comes next
     SEEN = 7  # worker: so it is
     FAILED = 8  # worker: I cannot go on, and why

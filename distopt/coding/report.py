@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distopt.coding.one_round import OneRound
 from distopt.coding.scheme import Scheme
 from distopt.coding.statistics import Arrivals
 from distopt.coding.trace import Trace
@@ -24,13 +25,13 @@ def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
     """
     rounds = max(1, stats["rounds"])
     lines = [
-        f"{scheme!r}: {stats['steps']} gradients in {stats['rounds']} rounds, {stats['waited_s']:.2f} s "
+        f"{_name(scheme)}: {stats['steps']} gradients in {stats['rounds']} rounds, {stats['waited_s']:.2f} s "
         f"({1e3 * stats['waited_s'] / rounds:.1f} ms per round)",
         f"{'worker':>6} {'in time':>8} {'late':>6} {'late by':>9} {'skipped':>8} {'median':>9}",
     ]
     for number, worker in enumerate(stats["workers"]):
         median = "" if worker["median_s"] is None else f"{1e3 * worker['median_s']:.1f} ms"
-        late_by = f"{1e3 * worker['late_mean_s']:.0f} ms" if worker["late"] else ""
+        late_by = f"{1e3 * worker['late_mean_s']:.0f} ms" if worker["late_mean_s"] else ""
         lines.append(
             f"{number:>6} {worker['in_time']:>8} {worker['late']:>6} {late_by:>9} {worker['unanswered']:>8} {median:>9}"
             + (f"  gone: {stats['gone'][number]}" if number in stats["gone"] else "")
@@ -39,7 +40,7 @@ def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
     if slow:
         slowest = max(slow, key=lambda w: stats["workers"][w]["late"] + stats["workers"][w]["unanswered"])
         lines.append(
-            f"Most often slow: worker {slowest}. Waiting for the answers that came late would have taken "
+            f"Most often slow: worker {slowest}. Waiting for everybody would have taken at least "
             f"{stats['saved_s']:.2f} s more, {1 + stats['saved_s'] / max(stats['waited_s'], 1e-9):.1f}x of what the "
             "rounds took."
         )
@@ -56,6 +57,10 @@ def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
             f"Replicas differed {stats['disagreements']} times: the parameters are not those of the full batch"
         )
     return "\n".join(lines)
+
+
+def _name(scheme: Scheme) -> str:
+    return repr(scheme.code) if isinstance(scheme, OneRound) else repr(scheme)
 
 
 def as_trace(history: Sequence[Arrivals], scheme: Scheme) -> Trace:
@@ -89,6 +94,8 @@ def plot_arrivals(history: Sequence[Arrivals], path: Path) -> None:
     missing = int(np.isnan(seconds).sum())
     finite = seconds[~np.isnan(seconds)]
     median = float(np.median(finite)) if finite.size else math.nan
-    axes.set_title(f"{finite.size} answers, median {1e3 * median:.1f} ms; {missing} never came", fontsize="medium")
+    axes.set_title(
+        f"{finite.size} answers or signs of life, median {1e3 * median:.1f} ms; {missing} never came", fontsize="medium"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

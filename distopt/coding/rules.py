@@ -18,11 +18,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distopt.coding.computing import Computation, PartLoss
 from distopt.coding.data_parts import DataPart
+from distopt.coding.scheme import Task
 from distopt.errors import CompatibilityError
 
 _SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _REPEAT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 0.05  # for 16-bit parameters
+
+
+def check(computation: Computation, task: Task, loss: PartLoss) -> None:
+    """All of it, before the first gradient, by the first part of the task, whose job's parameters the model holds.
+
+    Raises:
+        CompatibilityError: A rule is broken; says what to change.
+    """
+    for flat in computation.models:
+        check_batch_norm(flat.model)
+    check_loss(computation, computation.part(task.job, task.row[0][0]), loss)
 
 
 def check_batch_norm(model: nn.Module) -> None:

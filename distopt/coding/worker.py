@@ -83,7 +83,10 @@ class Worker:
         round, tasks = self._order
         try:
             if self._unchecked:
-                self._check_rules(tasks, loss)
+                self._computation.models[tasks[0].job % len(self._computation.models)].write(
+                    self._parameters[tasks[0].job]
+                )
+                rules.check(self._computation, tasks[0], loss)
                 self._unchecked = False
             found = self._computation.answer(tasks, self._parameters, loss, self._is_superseded)
         except Exception as error:
@@ -91,6 +94,7 @@ class Worker:
             raise
         if found is None:
             self.skipped += 1
+            self._send(Message(Kind.SKIPPED, round, self._transport.rank))
             return
         self.rounds += 1
         self.compute_s += found.compute_s
@@ -106,13 +110,6 @@ class Worker:
     def start_at(self, job: int, round: int) -> None:
         """Goes on with this round, before the first step."""
         self._next_round = self._done = round
-
-    def _check_rules(self, tasks: Sequence[Task], loss: PartLoss) -> None:
-        for flat in self._computation.models:
-            rules.check_batch_norm(flat.model)
-        task = tasks[0]
-        self._computation.models[task.job % len(self._computation.models)].write(self._parameters[task.job])
-        rules.check_loss(self._computation, self._computation.part(task.job, task.row[0][0]), loss)
 
     def _await_news(self, end: int) -> None:
         """Until there are tasks, the loop is over, or everything is."""
