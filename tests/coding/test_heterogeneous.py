@@ -41,6 +41,11 @@ def test_the_slowest_class_is_nearly_as_fast_as_any_split_makes_it(speeds, data)
     assert found > 0.8 * best
 
 
+def test_workers_change_places_where_the_fastest_first_go_wrong():
+    speeds = [3.0, 3.0, 2.0, 2.0, 2.0]  # one after the other they would come to 7 and 5
+    assert [sum(speeds[worker] for worker in members) for members in balanced_classes(speeds, 2)] == [6.0, 6.0]
+
+
 def test_many_workers_come_near_to_the_time_of_the_paper():
     speeds = np.random.default_rng(0).lognormal(0, 0.5, 64).tolist()
     code = heterogeneous(speeds, 8)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distopt.coding import binary, fractional
+from distopt.coding import RepetitionCode, binary, fractional
 from distopt.errors import ConfigError, DecodeError
 
 SIZES = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1)))
@@ -69,6 +69,31 @@ def test_other_ways_than_complete_classes_decode_too():
     # 1 covers the parts of 0 and one of the two parts of 2
     with pytest.raises(DecodeError, match=r"without workers 3, 4: .* part 3, which the group \[3, 4\] held"):
         code.decode([0, 1, 2])
+
+
+def split_by(*bounds):
+    """A code of classes that split the data at these points."""
+    ids = iter(range(100))
+    classes = [[next(ids) for _ in ends[1:]] for ends in bounds]
+    num_parts = bounds[0][-1]
+    return RepetitionCode.of_classes("split", classes, bounds, np.full(num_parts, 1 / num_parts))
+
+
+def test_a_way_may_go_backwards():
+    code = split_by([0, 4, 6], [0, 2, 4, 6], [0, 2, 6])
+    assert code.decode([0, 3, 6]).tolist() == [1, 0, 0, -1, 0, 0, 1]
+    for survivors in itertools.chain(*(itertools.combinations(range(7), count) for count in range(1, 8))):
+        rows = code.matrix[list(survivors)]
+        possible = np.linalg.matrix_rank(np.vstack([rows, np.ones(6)])) == np.linalg.matrix_rank(rows)
+        assert code.decodable(survivors) == possible
+        if possible:
+            assert (code.decode(survivors) @ code.matrix == 1).all()
+
+
+def test_the_fewest_messages_though_many_small_ones_come_first_or_last():
+    few, many = [0, 3, 12], list(range(0, 13, 2))
+    assert np.flatnonzero(split_by(few, many).decode(range(8))).tolist() == [0, 1]
+    assert np.flatnonzero(split_by(many, few).decode(range(8))).tolist() == [6, 7]
 
 
 def test_an_undecodable_set_names_the_lost_group_or_a_gap_in_each_class():
