@@ -5,7 +5,7 @@ length, so no frame has to fit a buffer that waits for it, and a peer that freez
 nothing that the frames of others need; receives posted ahead would be taken up one by one by such peers. Sends are
 synchronous (`Issend`): one is complete when the other side has taken it, which is what `pending_bytes` promises.
 
-The thread polls, and sleeps in between, up to a millisecond when nothing happens. `Waitsome` would answer sooner but
+The thread polls, and sleeps in between, up to two milliseconds when nothing happens. `Waitsome` would answer sooner but
 occupies a core in every rank, does not see that this rank has something to send, and knows no deadline.
 
 Lost peers. MPI says so itself where it was started for that: `mpirun --with-ft ulfm`. With `--enable-recovery` alone it
@@ -41,8 +41,8 @@ _log = logging.getLogger("distopt")
 _FRAME, _PROBE, _GOODBYE = 7, 8, 9  # one tag for all messages, whatever their round; the others carry nothing
 _MAX_FRAME_BYTES = 2**31 - 1  # MPI counts in C ints
 _SPIN_S = 5e-5  # for so long after something happened the thread does not sleep
-_ATTENTIVE_S = 2e-4  # longest sleep while somebody waits for a frame
-_IDLE_S = 1e-3  # and while nobody does
+_ATTENTIVE_S = 5e-4  # longest sleep while somebody waits for a frame
+_IDLE_S = 2e-3  # and while nobody does
 _WATCH_S = 0.05  # between two looks at the processes on this machine
 _EXIT_S = 1.0  # what is queued when the script ends without `close` is given so long
 _LINGER_S = 0.5  # what peers that have closed their ends have not taken so long after `close`, they never will
