@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer import Option
+from typer import Argument, Option
 
 from distopt import plotting
 from distopt.cli import compare as comparison
-from distopt.cli import datasets, info, machine, report
+from distopt.cli import datasets, info, machine, plan_code, report
 from distopt.cli import link as links
 from distopt.cli.progress import show_progress
 from distopt.comm import Link
@@ -49,6 +49,14 @@ class Indices(StrEnum):
 
     int32 = "int32"
     block16 = "block16"
+
+
+class Stop(StrEnum):
+    """When a round of coded training ends."""
+
+    decodable = "decodable"
+    minimal = "minimal"
+    paper = "paper"
 
 
 def run() -> None:
@@ -218,6 +226,77 @@ def measure_link(
         report.write_json(content, out / "link.json")
         links.plot(found, out / "link.png")
         console.print(f"Plot: {out / 'link.png'}\nFigures: {out / 'link.json'}", highlight=False)
+
+
+@app.command(name="plan-code")
+def plan_coding(
+    trace: Annotated[
+        Path,
+        Argument(
+            help="CSV or JSON of the seconds that each worker took in each round: one line per round and one column "
+            "per worker, or lines of round,worker,seconds[,compute_s].",
+            show_default=False,
+        ),
+    ],
+    load: Annotated[
+        float | None,
+        Option(
+            help="Fraction of the whole data that a worker computed per round: 1/n if uncoded. Default: what the trace "
+            "says in a line '# load = ...'.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds_per_load: Annotated[
+        float | None,
+        Option(
+            help="Seconds that one worker would take for the whole data. Default: what the trace says, or the median "
+            "of its compute times over the load.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        Option(min=1, help="Gradients to compute. Default: as many as the trace has rounds.", show_default=False),
+    ] = None,
+    stop: Annotated[
+        Stop,
+        Option(
+            help="When a round ends: as soon as what is due decodes, as soon as the stragglers are within the model, "
+            "or by the rule of the paper."
+        ),
+    ] = Stop.decodable,
+    top: Annotated[int, Option(min=1, help="How many schemes to show.")] = 10,
+    only_live: Annotated[
+        bool, Option("--only-live", help="Only schemes that train one model without a delayed gradient.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option(help="Folder for the figures (JSON) and the plot (PNG).", show_default=False)
+    ] = None,
+) -> None:
+    """Simulate coded training on a trace of round times, and say which code is fastest and how to configure it.
+
+    Schemes that are as fast as the fastest to half a percent are listed by simplicity.
+    """
+    if out is not None:
+        report.load_matplotlib()
+    question = plan_code.Question(
+        trace=trace, load=load, seconds_per_load=seconds_per_load, jobs=jobs, stop=stop, only_live=only_live
+    )
+    found = plan_code.answer(question)
+    console = _console()
+    console.print(plan_code.table(found, top))
+    console.print(plan_code.advice(found), highlight=False, soft_wrap=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "command": "distopt plan-code",
+            "machine": machine.machine(),
+            "versions": machine.versions(),
+            **found,
+        }
+        report.write_json(content, out / "plan-code.json")
+        plan_code.plot(found, top, out / "plan-code.png")
+        console.print(f"Plot: {out / 'plan-code.png'}\nFigures: {out / 'plan-code.json'}", highlight=False)
 
 
 def _console() -> Console:

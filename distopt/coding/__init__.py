@@ -12,6 +12,7 @@ from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
 from distopt.coding.parity import Disagreement, disagreement, fingerprint
 from distopt.coding.placement import placement
+from distopt.coding.planning import FAMILIES, Candidate, plan
 from distopt.coding.repetition import RepetitionCode, binary, fractional
 from distopt.coding.scheme import Part, Run, Scheme, Task
 from distopt.coding.sequential import SequentialCode
@@ -24,6 +25,7 @@ from distopt.coding.trace import Trace
 
 __all__ = [
     "CODES",
+    "FAMILIES",
     "MSGC",
     "SRSGC",
     "STOP_RULES",
@@ -31,6 +33,7 @@ __all__ = [
     "Arbitrary",
     "Batches",
     "Bursty",
+    "Candidate",
     "Cluster",
     "Code",
     "CodedTraining",
@@ -68,6 +71,7 @@ __all__ = [
     "heterogeneous",
     "least_squares",
     "placement",
+    "plan",
     "random_regular",
     "replay",
     "simulate",

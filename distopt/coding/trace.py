@@ -13,6 +13,7 @@ Limits: one slope for all workers; a worker whose slowness grows with its load i
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,13 +99,17 @@ class Trace:
 
     def first(self, num_rounds: int) -> "Trace":
         """The trace of its first rounds."""
-        return self._rounds(slice(0, num_rounds))
+        return self._taken((slice(0, num_rounds), slice(None)))
 
     def after(self, num_rounds: int) -> "Trace":
         """The trace of what follows its first rounds."""
-        return self._rounds(slice(num_rounds, None))
+        return self._taken((slice(num_rounds, None), slice(None)))
 
-    def _rounds(self, part: slice) -> "Trace":
+    def reordered(self, workers: NDArray[np.int64]) -> "Trace":
+        """The trace with its workers in this order."""
+        return self._taken((slice(None), workers))
+
+    def _taken(self, part: Any) -> "Trace":
         return Trace(
             seconds=self.seconds[part],
             load=self.load,
