@@ -278,7 +278,7 @@ def plan_coding(
     Schemes that are as fast as the fastest to half a percent are listed by simplicity.
     """
     if out is not None:
-        report.load_matplotlib()
+        plotting.load_matplotlib()
     question = plan_code.Question(
         trace=trace, load=load, seconds_per_load=seconds_per_load, jobs=jobs, stop=stop, only_live=only_live
     )
