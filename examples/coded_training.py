@@ -44,7 +44,7 @@ def straggle(kind, worker, num_workers, step):
             time.sleep(sleep_s - passed)
     elif kind == "heavy-tailed":
         time.sleep(min(5.0, float(value or 0.005) * random.Random(step * 1000 + worker).paretovariate(1.5)))
-    elif kind == "dead" and worker == 0 and step >= int(value or 10):
+    elif kind == "dead" and worker == num_workers - 1 and step >= int(value or 10):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -62,7 +62,7 @@ def main():
         "--stragglers",
         default="none",
         help="none, rotating[:SECONDS] (one worker after the other sleeps), heavy-tailed[:SECONDS] (Pareto), or "
-        "dead[:STEP] (worker 0 is killed; needs launch/coded_torchrun.sh or mpirun's --with-ft, see docs/coding.md)",
+        "dead[:STEP] (the last worker is killed; start it by launch/torchrun_survivors.sh or launch/mpirun.sh then)",
     )
     parser.add_argument("--plot", type=Path, help="PNG of when each answer came")
     parser.add_argument("--record", type=Path, help="CSV or JSON with the time of each answer, for distopt plan-code")
