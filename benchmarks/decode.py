@@ -7,13 +7,13 @@
   asks after each arrival. How truly the parts are counted, `||a||` and the relative error of a decoded gradient with
   float32 messages come with it.
 - combination: `combine` of 25 million parameters. Its floor is reading every message once (`Tensor.sum`) in the same
-  round. The messages of 229 workers are 23 GB; a few buffers that are together many times larger than the caches are
-  used in turn instead, so that every read goes to memory. `with_write` adds to the floor one pass that writes the sum.
+  round. The messages of 229 workers would be 23 GB; here each is a window into one buffer, 8 million elements further on
+  than the one before, so that what is read again has long left the caches. `with_write` adds to the floor one pass that
+  writes the sum.
 - fingerprint: what `disagreement` wants to know of a message, beside reading it.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shlex
@@ -32,7 +32,7 @@ from distopt.errors import DecodeError
 
 NUM_WORKERS, STRAGGLERS = 256, 27
 NUMEL = 25_000_000
-NUM_BUFFERS = 8
+SHIFT = 8_000_000  # elements between the windows of two messages
 
 
 def codes() -> dict[str, Callable[[], Code]]:
@@ -127,9 +127,8 @@ def show_coefficients(found: dict) -> None:
 
 def measure_combination(name: str, coefficients: list[float], dtype: torch.dtype, threads: int, repeats: int) -> dict:
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    buffers = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(min(NUM_BUFFERS, len(coefficients)))]
-    messages = list(itertools.islice(itertools.cycle(buffers), len(coefficients)))
+    buffer = torch.empty(NUMEL + SHIFT * (len(coefficients) - 1), dtype=dtype).uniform_(-1.0, 1.0)
+    messages = [buffer[i * SHIFT : i * SHIFT + NUMEL] for i in range(len(coefficients))]
     out = torch.empty(NUMEL, dtype=dtype)
 
     def read(_: int) -> None:
@@ -151,7 +150,7 @@ def measure_combination(name: str, coefficients: list[float], dtype: torch.dtype
     return {
         "code": name,
         "messages": len(messages),
-        "buffers": len(buffers),
+        "shift": SHIFT,
         "numel": NUMEL,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,

@@ -26,7 +26,7 @@ from distopt.config import check_count, check_number
 from distopt.errors import ConfigError
 
 _COLUMNS = 4096
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 64
 
 # Workers that explain a violation are told apart by what they leave unexplained, as a fraction of the tolerance.
 _NEAR, _EXACT = 10.0, 1e-6
@@ -160,19 +160,20 @@ def fingerprint(message: Tensor, num_projections: int = 4, seed: int = 0) -> Flo
         raise ConfigError(f"message must be flat and floating-point, got {tuple(message.shape)} {message.dtype}")
     dtype = torch.float32 if message.dtype.itemsize < 4 else message.dtype
     generator = torch.Generator().manual_seed(seed)
-    by_column = _signs(_COLUMNS, num_projections, generator).to(dtype)
+    by_column = _signs(num_projections, _COLUMNS, generator).to(dtype)
     total = torch.zeros(num_projections, dtype=torch.float64)
     for chunk in message.split(_COLUMNS * _ROWS_AT_ONCE):
         whole = chunk.numel() // _COLUMNS
-        rows = [chunk[: whole * _COLUMNS].view(whole, _COLUMNS).to(dtype) @ by_column]
+        # In this order a product with few rows runs at three times the speed of the other.
+        parts = [by_column @ chunk[: whole * _COLUMNS].view(whole, _COLUMNS).to(dtype).t()]
         if rest := chunk.numel() - whole * _COLUMNS:
-            rows.append(chunk[-rest:].to(dtype)[None] @ by_column[:rest])
-        for part in rows:
-            total += (part.double() * _signs(len(part), num_projections, generator)).sum(0)
+            parts.append(by_column[:, :rest] @ chunk[-rest:].to(dtype)[:, None])
+        for part in parts:
+            total += (part.double() * _signs(num_projections, part.shape[1], generator)).sum(1)
     projected: FloatArray = total.numpy()
     return projected
 
 
-def _signs(count: int, num_projections: int, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(0, 2, (count, num_projections), generator=generator, dtype=torch.float64)
+def _signs(num_projections: int, count: int, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, (num_projections, count), generator=generator, dtype=torch.float64)
     return bits * 2 - 1
