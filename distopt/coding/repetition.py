@@ -119,7 +119,7 @@ class RepetitionCode(Code):
         edges: list[list[tuple[int, int, float]]] = [[] for _ in range(self.num_parts + 1)]
         for worker, (start, stop) in enumerate(self.intervals):
             edges[start].append((stop, worker, 1.0))
-            edges[stop].append((start, worker, 1.0))
+            edges[stop].append((start, worker, -1.0))
         return tuple(map(tuple, edges))
 
     def _paths(self, present: NDArray[np.bool_], root: int = 0) -> Paths:
