@@ -388,13 +388,19 @@ class Master:
 
     def _too_few(self, silent: Sequence[int], elapsed: float) -> DecodeError:
         gone = self.gone
-        named = ", ".join(
-            f"worker {worker} (rank {worker + 1}: {gone.get(worker, f'no answer for {elapsed:.3g} s')})"
-            for worker in silent
-        )
+        reasons: dict[str, list[int]] = {}
+        for worker in sorted(silent):
+            reasons.setdefault(gone.get(worker, f"no answer for {elapsed:.3g} s"), []).append(worker)
+        named = "; ".join(f"{_name(workers)} ({reason})" for reason, workers in reasons.items())
         return DecodeError(
             f"round {self._round} cannot be decoded without {named}; {self._scheme!r} tolerates fewer stragglers: "
             "start again with those that are left, with a larger s, or with a longer deadline_s than "
             f"{self._deadline_s:g}",
             sorted(silent),
         )
+
+
+def _name(workers: Sequence[int]) -> str:
+    """The workers and their ranks, for people."""
+    numbers, ranks = ", ".join(map(str, workers)), ", ".join(str(worker + 1) for worker in workers)
+    return f"worker{'s' * (len(workers) > 1)} {numbers}, rank{'s' * (len(workers) > 1)} {ranks}"

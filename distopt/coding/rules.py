@@ -57,18 +57,18 @@ def check_loss(computation: Computation, part: DataPart, loss: PartLoss) -> None
         CompatibilityError: It is not; says what to change.
     """
     flat = computation.models[part.model]
-    dtype = flat.specs[0].dtype
     if part.samples is not None and len(part.samples) >= 2:
-        _check_sum(computation, part, loss, _SUM_TOLERANCE.get(dtype, _COARSE))
+        _check_sum(computation, part, loss, max(_SUM_TOLERANCE.get(spec.dtype, _COARSE) for spec in flat.specs))
     vectors = []
     for _ in range(2):
         flat.clear_gradients()
         computation.backward(part, loss)
         vectors.append(flat.read_gradients()[0])
     flat.clear_gradients()
+    tolerance = max(_REPEAT_TOLERANCE.get(spec.dtype, _COARSE) for spec in flat.specs)
     for first, second in zip(*vectors, strict=True):
         difference = (first.double() - second.double()).norm() / max(first.double().norm().item(), 1e-300)
-        if difference > _REPEAT_TOLERANCE.get(first.dtype, _COARSE):
+        if difference > tolerance:
             raise CompatibilityError(
                 f"the gradient of one part must be the same each time, but it differed by {difference:.2g} of its "
                 "size: the loss depends on something other than the part, such as a data loader that moves on or a "
@@ -93,7 +93,7 @@ def _check_sum(computation: Computation, part: DataPart, loss: PartLoss, toleran
         raise CompatibilityError(
             f"the loss of a part must be the sum over its samples, but {len(part.samples)} samples have {whole:.6g} "
             f"and their two halves {halves[0]:.6g} and {halves[1]:.6g}; use reduction='sum' (the gradient is divided "
-            "by the number of samples once, after decoding), or give rules='unchecked' if the loss is not a plain sum"
+            "by the number of samples once, after decoding), or give check_rules=False if the loss is not a plain sum"
         )
 
 

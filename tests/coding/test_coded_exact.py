@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from coding.coded_job import build, by_samples, parameters, sgd, sum_loss, train, uncoded
+import distopt
+from coded_job import build, by_samples, parameters, sgd, sum_loss, train, uncoded
 from distopt.coding import MSGC, SRSGC, Batches
 
 STEPS = 12
@@ -147,7 +148,8 @@ class Awkward(nn.Module):
 
 
 def test_unused_tied_frozen_and_mixed_parameters():
-    from coding.coded_job import INPUTS, TARGETS
+    import distopt
+from coded_job import INPUTS, TARGETS
 
     def loss(model, part):
         rare = part.index == 0 and part.step == 3
@@ -169,13 +171,26 @@ def test_unused_tied_frozen_and_mixed_parameters():
         assert torch.equal(parameters(rank.models[0]), parameters(trained))
 
 
-def test_dropout_is_that_of_the_part_whoever_computes_it():
+def with_dropout(slow):
+    """A rank of a real job: threads would share torch's generator."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
-    runs = [train(5, 8, models=[model], before=before)[0] for before in (rotating, lambda rank, step: None)]
-    difference = parameters(runs[0].models[0]) - parameters(runs[1].models[0])
-    assert difference.abs().max() <= 1e-12
-    assert (parameters(runs[0].models[0]) - parameters(model)).abs().max() > 1e-3
+    initial, optimizer = parameters(model), sgd(model)
+    with distopt.GradientCoding().attach(model, optimizer, batches=Batches(120, 40)) as coded:
+        for step in coded.steps(8):
+            if slow and coded.worker == step % coded.num_workers:
+                time.sleep(0.03)
+            coded.backward(lambda part: sum_loss(model, part.samples))
+            optimizer.step()
+    return parameters(model), initial, coded.stats()
+
+
+def test_dropout_is_that_of_the_part_whoever_computes_it(ranks):
+    slow, quick = (ranks(5)(with_dropout, slow) for slow in (True, False))
+    for trained, initial, _ in (*slow, *quick):
+        assert (trained - quick[0][0]).abs().max() <= 1e-12
+        assert (trained - initial).abs().max() > 1e-3
+    assert slow[0][2]["steps"] == 8
 
 
 def test_more_parts_than_samples_and_losses_that_count_for_themselves():
