@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
+from coded_job import INPUTS, TARGETS, build, by_samples, parameters, sgd, sum_loss, train, uncoded
 from torch import nn
 
 import distopt
-from coded_job import build, by_samples, parameters, sgd, sum_loss, train, uncoded
 from distopt.coding import MSGC, SRSGC, Batches
 
 STEPS = 12
@@ -148,9 +148,6 @@ class Awkward(nn.Module):
 
 
 def test_unused_tied_frozen_and_mixed_parameters():
-    import distopt
-from coded_job import INPUTS, TARGETS
-
     def loss(model, part):
         rare = part.index == 0 and part.step == 3
         return nn.functional.binary_cross_entropy_with_logits(
