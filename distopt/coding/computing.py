@@ -84,7 +84,7 @@ class Computation:
                     total_count += coefficient * count
                 vectors, used = flat.read_gradients()
                 flat.clear_gradients()
-                results.append(TaskResult(total_loss, total_count, _projections(vectors), vectors, used))
+                results.append(TaskResult(total_loss, total_count, projections(vectors), vectors, used))
         return Answer(time.perf_counter() - began, results)
 
     def backward(self, part: DataPart, loss: PartLoss, coefficient: float = 1.0) -> tuple[float, float]:
@@ -134,7 +134,7 @@ class Computation:
                 random.setstate(python_state)
 
 
-def _projections(vectors: Sequence[Tensor]) -> tuple[float, ...]:
-    """Linear in the vectors: the sum of the fingerprints of each."""
+def projections(vectors: Sequence[Tensor]) -> tuple[float, ...]:
+    """The fingerprint of several flat tensors together: linear, the sum of the fingerprints of each."""
     total = sum(fingerprint(vector, NUM_PROJECTIONS, seed=index) for index, vector in enumerate(vectors))
     return tuple(np.asarray(total).tolist())

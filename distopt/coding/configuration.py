@@ -68,7 +68,7 @@ class GradientCoding(Algorithm, name="gradient-coding"):
         check_count("stragglers", self.stragglers, low=0, remedy="give how many workers may be slow; 0 waits for all")
         check_choice("master", self.master, ("first", "sharded"))
         check_choice("stop", self.stop, STOP_RULES)
-        stop_rule(self.stop, mu=self.mu)
+        stop_rule("minimal", mu=self.mu)  # checks mu, also where the rule does not use it
         positive: dict[str, Any] = {"rule": "a number above 0", "low": 0.0, "high": 1e12}
         check_number("amplification_limit", self.amplification_limit, remedy="use 100.0", **positive)
         check_number("deadline_s", self.deadline_s, remedy="use 300.0", **positive)

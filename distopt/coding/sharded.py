@@ -6,8 +6,8 @@ it to all ranks. A slice has s+1 decoders, so s slow ranks delay none. Into each
 step, however many ranks there are.
 
 Exact decoding needs no agreement: the members of a group send equal messages, and decoders add up the groups in the
-same order, so all decoders of a slice get the same bits, whoever was slow. That is checked: of each slice that comes
-twice the copies are compared. So the parameters of all ranks stay equal, and a slow rank catches up by applying the
+same order, so all decoders of a slice get the same bits, whoever was slow. That is checked: what the members of a group
+send is compared, by fingerprints. So the parameters of all ranks stay equal, and a slow rank catches up by applying the
 gradients that it missed.
 
 Limits: the fractional code only; equal bits need processors of one kind. A rank that has not taken `_BACKLOG_BYTES` of
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from distopt.coding import rules
+from distopt.coding.answer import NUM_PROJECTIONS
 from distopt.coding.combine import combine
-from distopt.coding.computing import Computation, PartLoss
+from distopt.coding.computing import Computation, PartLoss, projections
 from distopt.coding.orders import Kind
 from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Task
@@ -37,6 +38,7 @@ from distopt.errors import CompatibilityError, DecodeError, DesyncError, Distopt
 
 _BACKLOG_BYTES = 1 << 30
 _LOOK_S = 0.5
+_COMPARED_ROUNDS = 16  # what comes later than so many steps is not compared any more
 _GOODBYE_S = 10.0
 
 
@@ -81,6 +83,8 @@ class Sharded:
         self._condition = threading.Condition()  # of everything below
         self._parts: dict[int, dict[int, Message]] = collections.defaultdict(dict)  # by round and row
         self._decoded: dict[int, dict[int, Message]] = collections.defaultdict(dict)  # by round and slice
+        # By round and group: who was first, and the fingerprint of what it sent for the own slice.
+        self._seen: dict[int, dict[int, tuple[int, tuple[float, ...]]]] = collections.defaultdict(dict)
         self._decoded_here = -1  # rounds of the own slice up to this one are decoded and sent
         self._starts: dict[int, float] = {}
         self._behind: set[int] = set()
@@ -166,10 +170,12 @@ class Sharded:
         if found is None:
             return
         (result,) = found.results
-        numbers = (result.loss, result.count, found.compute_s)
+        numbers = (result.loss, result.count, found.compute_s)  # and behind them the fingerprint of the slice
         for members, cut in zip(self._code.groups, self._cuts(), strict=True):
             pieces = [vector[start:end] for vector, (start, end) in zip(result.vectors, cut, strict=True)]
-            said = Message(Kind.SLICE, step, self._transport.rank, (result.used, *pieces), numbers)
+            said = Message(
+                Kind.SLICE, step, self._transport.rank, (result.used, *pieces), (*numbers, *projections(pieces))
+            )
             frame = message.encode(said)
             for member in members:
                 self._post(self._rank_at[member], frame)
@@ -245,18 +251,18 @@ class Sharded:
         if said.kind == Kind.END:
             self._finished.add(said.sender)
         elif said.kind == Kind.SLICE:
-            self._check(said, self._own_slice)
+            self._check(said, self._own_slice, 3 + NUM_PROJECTIONS)
             self._keep_part(said)
         elif said.kind == Kind.DECODED:
             index = int(said.numbers[2]) if len(said.numbers) == 3 and said.numbers[2].is_integer() else -1
-            self._check(said, index)
+            self._check(said, index, 3)
             self._keep_decoded(said, index)
         else:
             raise DecodeError(f"a rank of a sharded training is told slices, got kind {said.kind}")
 
-    def _check(self, said: Message, index: int) -> None:
-        if not 0 <= index < len(self._specs) or len(said.numbers) != 3:
-            raise DecodeError(f"a slice is one of {len(self._specs)} and has 3 numbers, got {index}, {said.numbers}")
+    def _check(self, said: Message, index: int, num_numbers: int) -> None:
+        if not 0 <= index < len(self._specs) or len(said.numbers) != num_numbers:
+            raise DecodeError(f"there are {len(self._specs)} slices with {num_numbers} numbers, got slice {index}")
         expected = [TensorSpec((len(self._flat.parameters),), torch.uint8), *self._specs[index]]
         found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in said.tensors]
         if found != expected:
@@ -266,6 +272,7 @@ class Sharded:
         step, row = said.round, self._row_of[said.sender]
         if step in self._starts:
             self.statistics.arrived(step, said.sender, time.monotonic() - self._starts[step], said.numbers[2])
+        self._compare(said)
         if step <= self._decoded_here:
             return
         parts = self._parts[step]
@@ -297,14 +304,22 @@ class Sharded:
     def _keep_decoded(self, said: Message, index: int) -> None:
         if said.round < self._round:
             return
-        first = self._decoded[said.round].setdefault(index, said)
-        if first is not said and not all(map(torch.equal, first.tensors, said.tensors)):
+        self._decoded[said.round].setdefault(index, said)
+
+    def _compare(self, said: Message) -> None:
+        """Whether the members of a group sent the same, whoever came first."""
+        row = self._row_of[said.sender]
+        group = next(i for i, members in enumerate(self._code.groups) if row in members)
+        first, fingerprint = self._seen[said.round].setdefault(group, (said.sender, said.numbers[3:]))
+        if fingerprint != said.numbers[3:]:
             self.statistics.disagreements += 1
             raise DesyncError(
-                f"ranks {first.sender} and {said.sender} decoded slice {index} of step {said.round} differently: ranks "
-                "that computed the same parts got different gradients; something depends on who computes: buffers, a "
-                "data set that differs, random numbers from elsewhere, another kind of processor"
+                f"ranks {first} and {said.sender} sent different gradients of the same parts in step {said.round}, so "
+                "the parameters of the ranks would drift apart; something depends on who computes: parameters, "
+                "buffers, a data set that differs, random numbers from elsewhere, another kind of processor"
             )
+        for old in [round for round in self._seen if round < self._round - _COMPARED_ROUNDS]:
+            del self._seen[old]
 
     def _post(self, rank: int, frame: Tensor) -> None:
         if rank in self._behind:
