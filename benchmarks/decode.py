@@ -7,9 +7,9 @@
   asks after each arrival. How truly the parts are counted, `||a||` and the relative error of a decoded gradient with
   float32 messages come with it.
 - combination: `combine` of 25 million parameters. Its floor is reading every message once (`Tensor.sum`) in the same
-  round. The messages of 229 workers would be 23 GB; here each is a window into one buffer, 8 million elements further
-  on than the one before, so that what is read again has long left the caches. `with_write` adds to the floor one pass that
-  writes the sum.
+  round. The messages of 229 workers would be 23 GB; here each is a window into one buffer, 8 million elements after the
+  one before, so that what is read again has long left the caches. `with_write` adds to the floor one pass that writes
+  the sum.
 - fingerprint: what `disagreement` wants to know of a message, beside reading it.
 """
 
