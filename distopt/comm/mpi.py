@@ -43,6 +43,7 @@ _MAX_FRAME_BYTES = 2**31 - 1  # MPI counts in C ints
 _SPIN_S = 5e-5  # for so long after something happened the thread does not sleep
 _ATTENTIVE_S = 5e-4  # longest sleep while somebody waits for a frame
 _IDLE_S = 2e-3  # and while nobody does
+_BATCH = 64  # frames that are matched in one go
 _WATCH_S = 0.05  # between two looks at the processes on this machine
 _EXIT_S = 1.0  # what is queued when the script ends without `close` is given so long
 _LINGER_S = 0.5  # what peers that have closed their ends have not taken so long after `close`, they never will
@@ -120,7 +121,7 @@ class MPITransport:
         return self._lost
 
     def send(self, destination: int, frame: Tensor) -> None:
-        """See `Transport.send`."""
+        """See `Transport.send`. A frame to a peer that has closed its end is dropped, and any after `close`."""
         self._check()
         if destination != self.rank and destination not in self._peers:
             raise ConfigError(f"destination must be one of the peers {sorted(self._peers)}, got {destination}")
@@ -134,14 +135,18 @@ class MPITransport:
                 f"a frame may have 1 to {self.max_frame_bytes} bytes, got {frame.numel()}; give max_frame_bytes when "
                 "the transport is made"
             )
+        if self._closed:
+            return
         if destination == self.rank:
             self._inbox.put((self.rank, frame))
         else:
             self._post(destination, frame, _FRAME)
 
     def receive(self, timeout_s: float | None) -> tuple[int, Tensor] | None:
-        """See `Transport.receive`."""
+        """See `Transport.receive`; a frame has the length that was sent."""
         self._check()
+        if self._closed:
+            return None
         with self._lock:
             self._receivers += 1
         self._wake.set()  # sleeps are short while somebody waits
@@ -269,7 +274,7 @@ class MPITransport:
         """Starts to receive what has come in."""
         matched = 0
         status = self._mpi.Status()
-        while True:
+        for _ in range(_BATCH):  # no flood of frames keeps this rank from sending
             try:
                 message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status)
             except self._mpi.Exception as error:
@@ -279,12 +284,13 @@ class MPITransport:
                 self._lose(failed)
                 return matched
             if message is None:
-                return matched
+                break
             matched += 1
             source = status.Get_source()
             frame = torch.empty(status.Get_count(self._mpi.BYTE), dtype=torch.uint8)
             request = message.Irecv(frame.numpy())
             self._incoming[source].append(_Transfer(request, frame, status.Get_tag()))
+        return matched
 
     def _finish_receives(self) -> int:
         finished = 0

@@ -37,6 +37,7 @@ class Deaths:
         comm.Allgather(own, cards)
         others = set(range(comm.Get_size())) - {comm.Get_rank()}
         self._neighbours = Neighbours({r: bytes(cards[r * len(own) : (r + 1) * len(own)]) for r in others})
+        self._rank = comm.Get_rank()
         self._told: frozenset[int] = frozenset()
         _every.append(self)
 
@@ -65,6 +66,10 @@ class Deaths:
             self.acknowledge()
         return unknown
 
+    def has_senior(self, gone: frozenset[int]) -> bool:
+        """Whether a lower rank is left, which then speaks for all."""
+        return not gone.issuperset(range(self._rank))
+
 
 _every: list[Deaths] = []
 
@@ -79,7 +84,8 @@ def _settle() -> None:
             import mpi4py
 
             mpi4py.rc.finalize = False
-            _log.warning(
+            _log.log(
+                logging.INFO if deaths.has_senior(unknown) else logging.WARNING,
                 "MPI is not finalized, because it would wait for ranks that have ended: %s; start the job with "
                 "mpirun --with-ft ulfm, and MPI notices by itself",
                 ", ".join(map(str, sorted(unknown))),

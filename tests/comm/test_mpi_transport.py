@@ -163,7 +163,7 @@ def launch(tmp_path):
 
 @needs_mpi
 def test_frames_arrive_whole_in_order_and_past_a_frozen_rank(launch):
-    job = launch(3, TOGETHER)
+    job = launch(3, TOGETHER, "--with-ft", "ulfm")  # which must not take a frozen rank for a dead one
     said = finish(job)
     assert job.returncode == 0, said
     assert sorted(line for line in said.splitlines() if line.startswith("rank")) == [
