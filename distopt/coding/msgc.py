@@ -39,6 +39,8 @@ class MSGC(SequentialCode, name="m-sgc"):
                 f"burst must be less than window in m-sgc, got burst {self.burst} and window {self.window}; "
                 f"use window {self.burst + 1} or more"
             )
+        if self.coded:
+            _ = self.inner  # not every code exists for every n and s
 
     @property
     def coded(self) -> bool:
@@ -151,12 +153,9 @@ class MSGCRun(SequentialRun):
             return False
         if not self.scheme.coded:
             return True
-        if group >= 0 and not self._decodes(state.coded_here(group)):
+        if group >= 0 and not self.scheme.decodes(state.coded_here(group)):
             return False
-        return all(self._decodes(owed <= later) for later in range(left))
-
-    def _decodes(self, here: NDArray[np.bool_]) -> bool:
-        return self.scheme.inner.decodable(np.flatnonzero(here).tolist())
+        return all(self.scheme.decodes(owed <= later) for later in range(left))
 
     def _under_way(self, round: int) -> Iterator[tuple[int, int]]:
         """The jobs of a round with their slots."""
@@ -196,7 +195,7 @@ class MSGCRun(SequentialRun):
         lacking = (state.came[:, : state.num_private, 0] < 0).any(axis=1)
         for group in range(self.scheme.burst if self.scheme.coded else 0):
             here = state.coded_here(group)
-            if not self._decodes(here):
+            if not self.scheme.decodes(here):
                 lacking |= ~here
         workers: list[int] = np.flatnonzero(lacking).tolist()
         return workers

@@ -83,6 +83,11 @@ class SequentialCode(Configurable, Scheme, tag="scheme"):
         """For each worker the pairs (part, coefficient) of the inner code."""
         return [[(int(part), float(row[part])) for part in np.flatnonzero(row)] for row in self.inner.matrix]
 
+    def decodes(self, here: NDArray[np.bool_]) -> bool:
+        """Whether the inner code decodes from the results that are here, (workers,) bool."""
+        enough = int(np.count_nonzero(here)) >= self.n - self.inner.tolerance
+        return enough or self.inner.decodable(np.flatnonzero(here).tolist())
+
 
 class SequentialRun(Run):
     """A run that remembers the pattern of stragglers, and which of the scheme's models it has kept so far."""

@@ -37,6 +37,7 @@ class SRSGC(SequentialCode, name="sr-sgc"):
                 f"stragglers must leave somebody who answers, got {self.stragglers} of {self.n} workers, "
                 f"which makes s = {self.inner_stragglers}; use fewer"
             )
+        _ = self.inner  # not every code exists for every n and s
 
     @property
     def inner_stragglers(self) -> int:
@@ -112,16 +113,14 @@ class SRSGCRun(SequentialRun):
         if self._came_in[job][worker] < 0:
             self._came_in[job][worker] = round
 
-    def _survivors(self, job: int) -> list[int]:
-        return [int(worker) for worker in np.flatnonzero(self._came_in[job] >= 0)]
-
     def _lacking(self, job: int) -> list[int]:
-        here = self._survivors(job)
-        return [] if self.scheme.inner.decodable(here) else sorted(set(range(self.scheme.n)) - set(here))
+        here = self._came_in[job] >= 0
+        workers: list[int] = [] if self.scheme.decodes(here) else np.flatnonzero(~here).tolist()
+        return workers
 
     def _combination(self, job: int) -> list[Part]:
-        coefficients = self.scheme.inner.decode(self._survivors(job))
         came_in = self._came_in[job]
+        coefficients = self.scheme.inner.decode(np.flatnonzero(came_in >= 0).tolist())
         return [
             Part(int(came_in[worker]), int(worker), 0, float(coefficients[worker]))
             for worker in np.flatnonzero(coefficients)

@@ -1,0 +1,154 @@
+"""The planner chooses well on traces that it has not seen, and says what to configure."""
+
+import math
+
+import numpy as np
+import pytest
+
+from distopt.coding import (
+    FAMILIES,
+    MSGC,
+    SRSGC,
+    Cluster,
+    SequentialCode,
+    Trace,
+    Uncoded,
+    binary,
+    fractional,
+    plan,
+    simulate,
+)
+from distopt.errors import ConfigError
+
+WORKERS, ROUNDS = 64, 150
+
+
+def drawn(seed):
+    """A cluster with parameters of its own."""
+    rng = np.random.default_rng(seed)
+    return Cluster(
+        workers=WORKERS,
+        seconds_per_load=float(rng.choice([0.5, 3.0, 10.0, 40.0, 150.0, 500.0])),
+        tail=float(rng.choice([1.5, 2.0, 3.0])),
+        burst_probability=float(rng.choice([0.002, 0.01, 0.05])),
+        burst_rounds=float(rng.choice([1.0, 1.5, 3.0])),
+        burst_s=float(rng.choice([1.0, 4.0])),
+        slow_fraction=float(rng.choice([0.0, 0.0, 0.03])),
+        slow_s=1.0,
+    )
+
+
+def all_schemes(n):
+    """A grid of the test's own, independent of the planner's: uncoded, GC over s, both sequential codes."""
+    counts = sorted({round(2 ** (half / 2)) for half in range(2 * n.bit_length() - 2)} | {n - 1, n})
+    yield Uncoded(n)
+    for s in range(1, n // 2):
+        yield fractional(n, s) if n % (s + 1) == 0 else binary(n, s)
+    for burst in (1, 2, 3):
+        for count in counts:
+            for longer in (1, 2, 3, 5):
+                yield MSGC(n=n, burst=burst, window=burst + longer, stragglers=count)
+            for times in (1, 2, 3):
+                if count < n:
+                    yield SRSGC(n=n, burst=burst, window=burst * times + 1, stragglers=count)
+
+
+def regret(seed):
+    """How much slower the planner's choice is than the best scheme in hindsight, and its family."""
+    cluster = drawn(seed)
+    chosen = plan(cluster.trace(ROUNDS, 2 * seed))[0]
+    held_out = cluster.trace(ROUNDS, 2 * seed + 1)
+    best = min(simulate(scheme, held_out).seconds for scheme in all_schemes(WORKERS))
+    return simulate(chosen.scheme, held_out).seconds / best - 1, chosen.family
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_choice_is_at_most_2_percent_slower_than_the_best_on_20_held_out_traces():
+    found = [regret(seed) for seed in range(20)]
+    assert max(each for each, _ in found) <= 0.02, found
+    assert len({family for _, family in found}) >= 2, found  # the question has different answers
+
+
+@pytest.fixture(scope="module")
+def planned():
+    trace = Cluster(workers=16, seconds_per_load=4.0, burst_probability=0.05, burst_rounds=1.0).trace(60, 0)
+    return trace, plan(trace, jobs=40)
+
+
+def test_fastest_first_with_the_best_of_every_family(planned):
+    trace, found = planned
+    assert {each.family for each in found} == set(FAMILIES)
+    seconds = [each.seconds for each in found]
+    assert seconds[0] <= 1.005 * min(seconds)  # as fast as the fastest, and simpler
+    assert sorted(seconds[5:]) == seconds[5:]
+    uncoded = next(each for each in found if each.family == "uncoded")
+    assert uncoded.ratio == 1
+    assert all(each.ratio == each.seconds / uncoded.seconds for each in found)
+    assert found[0].ratio < 1  # these bursts are worth coding for
+    for each in found:
+        one = simulate(each.scheme, trace, jobs=40).seconds
+        assert 0.5 < each.seconds / one < 2  # the mean with the copies is of the same kind
+
+
+def test_the_same_question_has_the_same_answer(planned):
+    trace, found = planned
+    again = plan(trace, jobs=40)
+    assert [(each.seconds, each.config) for each in again] == [(each.seconds, each.config) for each in found]
+
+
+def test_the_configuration_names_the_scheme(planned):
+    _, found = planned
+    for each in found:
+        config = dict(each.config)
+        assert config.pop("algorithm") == "gradient-coding"
+        if isinstance(each.scheme, SequentialCode):
+            assert SequentialCode.for_workers(config["scheme"], 16) == each.scheme
+            assert "n" not in config["scheme"]
+        elif each.family == "uncoded":
+            assert config == {"code": "fractional", "stragglers": 0}
+        else:
+            s = each.scheme.code.tolerance
+            assert config == {"code": "binary" if 16 % (s + 1) else "fractional", "stragglers": s}
+            assert each.parameters == {"stragglers": s}
+
+
+def test_cheap_work_and_many_stragglers_want_codes_and_dear_work_without_stragglers_wants_none():
+    slow = Cluster(workers=12, seconds_per_load=0.1, burst_probability=0.1, burst_s=10.0)
+    assert plan(slow.trace(40, 0))[0].family != "uncoded"
+    even = Cluster(workers=12, seconds_per_load=100.0, burst_probability=0.0, spread_s=0.01, tail=5.0)
+    assert plan(even.trace(40, 0))[0].family == "uncoded"
+
+
+def test_the_simplest_of_equals_comes_first():
+    """Nobody is ever slow and work costs nothing: all are as fast as each other, and uncoded is the simplest."""
+    found = plan(Trace(seconds=np.ones((20, 8)), load=0.125, seconds_per_load=0.0))
+    assert found[0].family == "uncoded"
+
+
+def test_only_the_families_that_were_asked_for(planned):
+    trace, _ = planned
+    found = plan(trace, jobs=20, families=("gradient-coding",))
+    assert {each.family for each in found} == {"gradient-coding", "uncoded"}
+    assert all(each.scheme.delay == 0 for each in found)
+    with pytest.raises(ConfigError, match="families must be some of uncoded, gradient-coding, sr-sgc, m-sgc, got 'gc'"):
+        plan(trace, families=("gc",))
+    with pytest.raises(ConfigError, match="jobs must be an integer of at least 1"):
+        plan(trace, jobs=0)
+    with pytest.raises(ConfigError, match="stop must be one of"):
+        plan(trace, stop="never")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_few_workers(workers):
+    assert plan(Cluster(workers=workers).trace(10, 0))[-1].seconds > 0
+
+
+def test_a_dead_worker_leaves_only_schemes_that_do_without_it():
+    seconds = np.ones((30, 6))
+    seconds[10:, 2] = np.nan
+    found = plan(Trace(seconds=seconds, load=1 / 6, seconds_per_load=0.5))
+    assert found[0].ratio == 0
+    assert found[0].seconds < math.inf
+    assert {each.seconds for each in found if each.family in ("uncoded", "m-sgc")} == {math.inf}
+    assert math.isnan(next(each.ratio for each in found if each.family == "uncoded"))
