@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from distopt.cli.machine import machine, versions
-from distopt.cli.report import COLOURS, load_matplotlib
 from distopt.coding import FAMILIES, MSGC, SRSGC, STOP_RULES, Cluster, fractional, plan, simulate
+from distopt.plotting import COLOURS, load_matplotlib
 
 SLOPES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 PROBE_SEED, JUDGE_SEED = 1, 2
