@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -215,8 +216,9 @@ class Master:
         if self._code is None or not run.missing(local) or math.isinf(self._amplification_limit):
             return True
         answered = set(range(self._scheme.num_workers)) - set(run.missing(local))
-        if self._code.amplification(answered) <= self._amplification_limit:
-            return True
+        with suppress(DecodeError):  # enough of them, but too ill-conditioned
+            if self._code.amplification(answered) <= self._amplification_limit:
+                return True
         self.statistics.waited_for_amplification += 1
         return False
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from coded_job import INPUTS, TARGETS, build, by_samples, parameters, sgd, sum_loss, train, uncoded
+from coded_job import INPUTS, TARGETS, build, by_samples, finish, parameters, sgd, start, sum_loss, train, uncoded
 from torch import nn
 
 import distopt
@@ -84,9 +84,9 @@ def test_several_loops_and_a_resume_go_on_where_the_last_one_stopped():
     second = train(5, 4, models=first[0].models, state=first[0].state)
     # A new optimizer has no momentum: continue the reference in the same way.
     model = build()
-    for steps, start in ((5, 0), (4, 5)):
+    for steps, first_step in ((5, 0), (4, 5)):
         optimizer, batches = sgd(model), Batches(120, 40)
-        for step in range(start, start + steps):
+        for step in range(first_step, first_step + steps):
             optimizer.zero_grad()
             (sum_loss(model, batches.indices(step)) / 40).backward()
             optimizer.step()
@@ -211,3 +211,23 @@ def test_approximate_steps_are_near_the_exact_ones():
     ranks = train(5, 10, before=slow, code="approximate", options=options, loss=by_samples)
     exact = uncoded([build()], 10)[0]
     assert (parameters(ranks[0].models[0]) - exact).norm() < 0.5 * (exact - parameters(build())).norm()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_decoding_that_amplifies_waits_for_one_more(gone):
+    """In this code two neighbours missing amplify by more than the limit, so the second one is waited for."""
+
+    def slow(rank, step):
+        if rank.end.rank in (1, 2):
+            if gone:
+                rank.end.die()
+                raise ConnectionError
+            time.sleep(0.03)
+
+    code = {"code": "cyclic_mds", "stragglers": 2, "amplification_limit": 4.0}
+    ranks = finish(start(6, 4, before=slow, deadline_s=10.0, **code))
+    assert ranks[0].error is None
+    equal(ranks[:1], uncoded([build()], 4))
+    largest = ranks[0].stats["amplification_max"]
+    assert (largest > 4.0) == gone  # if nobody else can come: better amplified than not at all
+    assert ranks[0].stats["waited_for_amplification"] > 0
