@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -216,7 +217,9 @@ class CodedTraining:
         Raises:
             CompatibilityError: This rank is a worker, or there has been no round.
         """
-        return reports.as_trace(self._history("trace"), self.scheme)
+        history = self._history("trace")
+        assert not isinstance(self._role, Worker)  # whose history is empty
+        return reports.as_trace(history, self.scheme, gone=self._role.gone, now_s=time.monotonic())
 
     def plot_arrivals(self, path: Path) -> None:
         """Draws when each answer of each round came, as a PNG; of the master.

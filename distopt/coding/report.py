@@ -1,7 +1,7 @@
 """What a coded training has to tell at its end: a report for people, a trace for the planner, a plot of arrivals."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,22 @@ def _name(scheme: Scheme) -> str:
     return repr(scheme.code) if isinstance(scheme, OneRound) else repr(scheme)
 
 
-def as_trace(history: Sequence[Arrivals], scheme: Scheme) -> Trace:
-    """The rounds as a trace, at the scheme's load."""
-    return Trace(
-        seconds=np.stack([arrivals.seconds for arrivals in history]),
-        load=scheme.load,
-        compute=np.stack([arrivals.compute_s for arrivals in history]),
-    )
+def as_trace(history: Sequence[Arrivals], scheme: Scheme, *, gone: Collection[int], now_s: float) -> Trace:
+    """The rounds as a trace, at the scheme's load.
+
+    Where a worker has not been heard of since a round, its time is what has passed until now, and NaN if it is gone.
+
+    Args:
+        history: The rounds.
+        scheme: At work.
+        gone: Workers that do not come back.
+        now_s: By the clock of `Arrivals.began_s`.
+    """
+    seconds = np.stack([arrivals.seconds for arrivals in history])
+    passed = now_s - np.array([arrivals.began_s for arrivals in history])
+    for worker in set(range(seconds.shape[1])) - set(gone):
+        seconds[:, worker] = np.where(np.isnan(seconds[:, worker]), passed, seconds[:, worker])
+    return Trace(seconds=seconds, load=scheme.load, compute=np.stack([arrivals.compute_s for arrivals in history]))
 
 
 def plot_arrivals(history: Sequence[Arrivals], path: Path) -> None:
