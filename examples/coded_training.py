@@ -10,6 +10,7 @@ leaves a plot of the arrivals and a trace for `distopt plan-code`.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -57,6 +58,7 @@ def main():
     parser.add_argument("--tolerate", type=int, default=1, help="how many slow workers no step waits for")
     parser.add_argument("--code", default="auto", help="a name in distopt.coding.CODES")
     parser.add_argument("--decoder", default="first", choices=("first", "sharded"), help="who decodes")
+    parser.add_argument("--config", help="in place of these: a configuration in JSON, as distopt plan-code prints it")
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds that one step may take")
     parser.add_argument(
         "--stragglers",
@@ -79,6 +81,8 @@ def main():
     coding = distopt.GradientCoding(
         code=args.code, stragglers=args.tolerate, master=args.decoder, deadline_s=args.deadline
     )
+    if args.config:
+        coding = distopt.from_config(json.loads(args.config))
 
     began = time.monotonic()
     with coding.attach(model, optimizer, batches=batches) as coded:  # <- distopt
@@ -91,7 +95,7 @@ def main():
                 )
             )
             optimizer.step()
-            if coded.rank == 0 and step % 20 == 19:
+            if coded.rank == 0 and loss is not None and step % 20 == 19:
                 print(f"step {step + 1}: loss {loss:.4f}", flush=True)
         seconds = time.monotonic() - began
         if coded.rank == 0:
