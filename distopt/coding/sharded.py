@@ -87,6 +87,8 @@ class Sharded:
         self._seen: dict[int, dict[int, tuple[int, tuple[float, ...]]]] = collections.defaultdict(dict)
         self._decoded_here = -1  # rounds of the own slice up to this one are decoded and sent
         self._starts: dict[int, float] = {}
+        # By step and rank: seconds that those computed whose slices came before this rank began the step.
+        self._early: dict[int, dict[int, float]] = collections.defaultdict(dict)
         self._behind: set[int] = set()
         self._finished: set[int] = set()  # ranks that have said goodbye
         self._failure: DistoptError | None = None
@@ -127,8 +129,8 @@ class Sharded:
         with self._condition:
             self._starts[step] = began
             self.statistics.begin(step, began)
-            for row, part in self._parts[step].items():  # those who were faster
-                self.statistics.arrived(step, self._rank_at[row], 0.0, part.numbers[2])
+            for rank, compute_s in self._early.pop(step, {}).items():
+                self.statistics.arrived(step, rank, 0.0, compute_s)
         self._compute(step, loss)
         with record_function("distopt::coded_round"):
             slices = self._await(step, began)
@@ -272,6 +274,8 @@ class Sharded:
         step, row = said.round, self._row_of[said.sender]
         if step in self._starts:
             self.statistics.arrived(step, said.sender, time.monotonic() - self._starts[step], said.numbers[2])
+        elif step >= self._round:
+            self._early[step][said.sender] = said.numbers[2]
         self._compare(said)
         if step <= self._decoded_here:
             return
