@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev
+.PHONY: help demo test test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -67,6 +67,8 @@ bench: setup  ## the kernels' speed (a minute); the accuracy benchmark is benchm
 build: setup  ## a wheel in dist/
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 
+setup-mpi: .make/mpi  ## mpi4py and Open MPI for the tests over mpirun, which are skipped without them
+
 clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
 	rm -rf $(VENV) .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find distopt -name '*.so' -delete
@@ -96,9 +98,9 @@ $(BIN)/python:
 	PYTHONWARNINGS="ignore:Editable installation" $(PIP) install -q --no-build-isolation -e ".[cli,test]"
 	@touch $@
 
-# The tools only: what the extra `dev` lists, without building the package once more.
-.make/dev: .make/torch pyproject.toml
+# What the extra `dev` or `mpi` lists, without building the package once more.
+.make/dev .make/mpi: .make/torch pyproject.toml
 	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print(*project['optional-dependencies']['dev'], sep='\n')" > .make/dev.txt
-	$(PIP) install -q -r .make/dev.txt
+	  print(*project['optional-dependencies']['$(@F)'], sep='\n')" > $@.txt
+	$(PIP) install -q -r $@.txt
 	@touch $@

@@ -26,7 +26,7 @@ from distopt.cli import datasets
 from distopt.cli.compare import DENSE, DGC, TOPK, Settings, run
 from distopt.cli.job import Job
 from distopt.cli.machine import machine, versions
-from distopt.cli.report import COLOURS
+from distopt.plotting import COLOURS
 
 EPOCHS = {"cnn": 12, "mlp": 20}  # near each model's plateau
 LEARNING_RATES = {"cnn": 0.05, "mlp": 0.03}  # at the start; falls to 0 along a cosine

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from distopt.cli.machine import machine, versions
-from distopt.cli.report import COLOURS, load_matplotlib
 from distopt.coding import FAMILIES, MSGC, SRSGC, STOP_RULES, Cluster, fractional, plan, simulate
+from distopt.plotting import COLOURS, load_matplotlib
 
 SLOPES = (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 PROBE_SEED, JUDGE_SEED = 1, 2
@@ -71,7 +71,7 @@ def show(stop: str, rows: dict[str, dict[str, Any]]) -> None:
 def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     figure = load_matplotlib()(figsize=(12, 4), layout="constrained")
     for axes, (stop, rows) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
-        for family, colour in zip(FAMILIES, (*COLOURS, "#CC79A7"), strict=True):
+        for family, colour in zip(FAMILIES, COLOURS, strict=False):
             ratios = [found[family]["seconds"] / found["uncoded"]["seconds"] for found in rows.values()]
             axes.plot([float(slope) for slope in rows], ratios, "o-", color=colour, label=family, markersize=4)
         axes.set(xscale="log", xlabel="seconds per unit of load", title=f"stop rule {stop}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from distopt.cli.machine import machine, versions
-from distopt.cli.report import COLOURS
+from distopt.plotting import COLOURS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lm_dgc.py"
 TARGET_PERCENT = 1.0  # DGC's perplexity may be this much higher than dense

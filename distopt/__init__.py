@@ -5,7 +5,8 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import checkpoint, ddp, ops
+from distopt import checkpoint, coding, ddp, ops
+from distopt.coding import GradientCoding
 from distopt.config import from_config
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
@@ -28,12 +29,14 @@ __all__ = [
     "Dense",
     "DesyncError",
     "DistoptError",
+    "GradientCoding",
     "NonFiniteGradientError",
     "PeerLostError",
     "StateMismatchError",
     "TopK",
     "__version__",
     "checkpoint",
+    "coding",
     "ddp",
     "from_config",
     "ops",

@@ -18,6 +18,7 @@
 #     --deadline S     end everything after S seconds, with status 124 (default: none)
 #     --grace S        how long the other hosts may go on after one has failed (default: 60)
 #     --logs DIR       write DIR/host1.log, ... instead of printing with a prefix
+#     --survivors      the other hosts outlive a rank that is killed (see torchrun_survivors.sh); rank 0 must live
 #     --unpinned       do not give each host a core of its own (which is done where there are enough cores)
 #
 # run returns the status of the first host that failed, or 0. It ends what it started, also on Ctrl-C, and when the
@@ -214,6 +215,9 @@ run() {
   case $1 in
     *.py | -m) set -- python "$@" ;;
   esac
+  if [ "$survivors" = yes ]; then
+    set -- bash "$(dirname "${BASH_SOURCE[0]}")/torchrun_survivors.sh" --rank "$@"
+  fi
 
   local id="$$-$RANDOM" own_cores=()
   mapfile -t own_cores < <(cores)
@@ -336,7 +340,7 @@ link() {
 
 # -- arguments ----------------------------------------------------------------------------------------------------------
 
-name=net processes=1 deadline='' grace=60 logs='' pinned=yes remove_after=no
+name=net processes=1 deadline='' grace=60 logs='' pinned=yes survivors=no remove_after=no
 words=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -345,6 +349,7 @@ while [ $# -gt 0 ]; do
       printf -v "${1#--}" '%s' "$2"
       shift
       ;;
+    --survivors) survivors=yes ;;
     --unpinned) pinned=no ;;
     --help | -h)
       usage

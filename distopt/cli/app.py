@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from distopt import plotting
 from distopt.cli import compare as comparison
 from distopt.cli import datasets, info, machine, plan_code, report
 from distopt.cli import link as links
@@ -157,7 +158,7 @@ def compare(
     )
     console = _console()
     # Both here first, so that what is missing is one clear error before any rank starts.
-    report.load_matplotlib()
+    plotting.load_matplotlib()
     loaded = datasets.load(data)
     jobs = settings.jobs(loaded)
     num_steps = settings.steps_for(loaded)
@@ -212,7 +213,7 @@ def measure_link(
         parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices
     )
     if out is not None:
-        report.load_matplotlib()
+        plotting.load_matplotlib()
     found = links.answer(question)
     if found is None:
         return
@@ -277,7 +278,7 @@ def plan_coding(
     Schemes that are as fast as the fastest to half a percent are listed by simplicity.
     """
     if out is not None:
-        report.load_matplotlib()
+        plotting.load_matplotlib()
     question = plan_code.Question(
         trace=trace, load=load, seconds_per_load=seconds_per_load, jobs=jobs, stop=stop, only_live=only_live
     )

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from distopt.cli.report import COLOURS, load_matplotlib
 from distopt.comm import Link, measure_link
 from distopt.ddp.forecast import Forecaster
 from distopt.ddp.prediction import Predictor, measure_speed
 from distopt.errors import ConfigError
+from distopt.plotting import COLOURS, load_matplotlib
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

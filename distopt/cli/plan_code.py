@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from distopt.cli.report import COLOURS, load_matplotlib
 from distopt.coding import FAMILIES, Candidate, Trace, plan, simulate
+from distopt.plotting import COLOURS, load_matplotlib
 
 NAMES = {"uncoded": "uncoded", "gradient-coding": "gradient code", "sr-sgc": "SR-SGC", "m-sgc": "M-SGC"}
-_COLOURS = dict(zip(FAMILIES, (*COLOURS, "#CC79A7"), strict=True))
+_COLOURS = dict(zip(FAMILIES, COLOURS, strict=False))
 _WITHOUT_DELAY = ("uncoded", "gradient-coding")
 
 

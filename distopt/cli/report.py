@@ -2,17 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-from distopt.errors import CompatibilityError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
-COLOURS = ("#000000", "#E69F00", "#0072B2")
+from distopt.plotting import COLOURS, load_matplotlib
 
 
 def table(results: list[dict[str, Any]], title: str) -> Table:
@@ -69,21 +63,6 @@ def _compressing_s(result: dict[str, Any]) -> float:
     stats = result["stats"]
     seconds: float = stats["seconds_selecting"] + stats["seconds_decoding"]
     return seconds / int(stats["steps"])
-
-
-def load_matplotlib() -> "type[Figure]":
-    """What `plot` draws with.
-
-    Raises:
-        CompatibilityError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise CompatibilityError(
-            'the plot needs matplotlib, which is not installed; pip install "torch-distopt[cli]"'
-        ) from error
-    return Figure
 
 
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:

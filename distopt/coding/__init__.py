@@ -1,12 +1,16 @@
 """Gradient coding: an exact gradient step that does not wait for the slowest ranks."""
 
 from distopt.coding.approximate import ApproximateCode, approximate, expander, least_squares, random_regular
+from distopt.coding.attachment import CodedTraining
 from distopt.coding.code import CODES, Code
 from distopt.coding.combine import combine
+from distopt.coding.configuration import GradientCoding
 from distopt.coding.cyclic import CyclicCode, cyclic, cyclic_mds
+from distopt.coding.data_parts import Batches, DataPart
 from distopt.coding.heterogeneous import HeterogeneousCode, heterogeneous
 from distopt.coding.msgc import MSGC
 from distopt.coding.one_round import OneRound, Uncoded
+from distopt.coding.parity import Disagreement, disagreement, fingerprint
 from distopt.coding.placement import placement
 from distopt.coding.planning import FAMILIES, Candidate, plan
 from distopt.coding.repetition import RepetitionCode, binary, fractional
@@ -27,12 +31,17 @@ __all__ = [
     "STOP_RULES",
     "ApproximateCode",
     "Arbitrary",
+    "Batches",
     "Bursty",
     "Candidate",
     "Cluster",
     "Code",
+    "CodedTraining",
     "CyclicCode",
+    "DataPart",
     "Decodable",
+    "Disagreement",
+    "GradientCoding",
     "HeterogeneousCode",
     "Limits",
     "Minimal",
@@ -55,7 +64,9 @@ __all__ = [
     "combine",
     "cyclic",
     "cyclic_mds",
+    "disagreement",
     "expander",
+    "fingerprint",
     "fractional",
     "heterogeneous",
     "least_squares",

@@ -11,13 +11,14 @@ stragglers nobody waits for.
   whose second singular value is smallest of many (Raviv et al., 1707.03858).
 - `least_squares`: any matrix.
 
-Limits: the estimate is biased where parts are left out: the same workers missing in every round train on the data of
-the others only.
+Limits: an expander bounds the error whoever is missing; where stragglers are random, repetition leaves less of it on
+average (the table in `tests/coding/test_approximate.py`). The estimate is biased where parts are left out: if the same
+workers are missing in every round, their data are not learned from.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -102,13 +103,26 @@ class EarlyRepetitionCode(ApproximateCode):
         coefficients[[worker for worker in first if worker is not None]] = 1.0
         return coefficients
 
+    def parity_checks(self, arrived: Sequence[int]) -> FloatArray:
+        """See `Code.parity_checks`. The first of each group is compared with each other of the group."""
+        self._present(arrived)
+        column = {worker: i for i, worker in enumerate(arrived)}
+        pairs = []
+        for members in self.groups:
+            first, *others = [worker for worker in members if worker in column] or [-1]
+            pairs += [(first, other) for other in others]
+        checks = np.zeros((len(pairs), len(column)))
+        for check, (first, other) in zip(checks, pairs, strict=True):
+            check[column[first]], check[column[other]] = 1.0, -1.0
+        return checks
+
 
 def least_squares(matrix: FloatArray, *, accept: float, name: str = "least_squares") -> ApproximateCode:
     """An approximate code with any matrix; equal parts.
 
     Its tolerance is what the second singular value sigma guarantees where the matrix is square and all rows and columns
-    have the same sum d: without m of n workers, whichever they are, equal coefficients for the others leave an error of at
-    most `(sigma / d)^2 m / (n - m)`, and least squares no more. Of any other matrix it is 0, though luckier sets decode.
+    have the same sum d: without m of n workers, whichever they are, equal coefficients for the others leave an error of
+    at most `(sigma / d)^2 m / (n - m)`, and least squares no more. Of other matrices it is 0, though many sets decode.
 
     Args:
         matrix: (workers, parts) float64; no row may be zero.

@@ -27,6 +27,10 @@ from distopt.errors import ConfigError, DecodeError
 FloatArray = NDArray[np.float64]
 
 
+# Singular values below this fraction of the largest count as zero.
+_NO_RANK = 1e-10
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Code(ABC):
     """Base of the codes; cannot change.
@@ -113,6 +117,24 @@ class Code(ABC):
             ConfigError: `survivors` is not a set of worker ids.
         """
 
+    def parity_checks(self, arrived: Sequence[int]) -> FloatArray:
+        """What the messages of these workers must obey: independent rows v with `sum_i v_i m_i = 0`.
+
+        Args:
+            arrived: Ids of workers, in the order of the columns.
+
+        Returns:
+            (checks, len(arrived)) float64; there are as many as the messages are more than their rank.
+
+        Raises:
+            ConfigError: `arrived` is not a set of worker ids.
+        """
+        self._present(arrived)
+        rows = self.matrix[list(arrived)]
+        left, sizes, _ = np.linalg.svd(rows)
+        rank = int((sizes > sizes.max(initial=0.0) * _NO_RANK).sum())
+        return without_noise(left[:, rank:].T)
+
     def error(self, survivors: Iterable[int]) -> float:
         """The mean over the samples of `(a @ matrix - 1) ** 2`: `||a B - 1||^2 / n` where all parts are equal.
 
@@ -156,6 +178,11 @@ class Code(ABC):
 def amplification(coefficients: FloatArray) -> float:
     """`||a||_2` of the coefficients that `Code.decode` gave."""
     return float(math.sqrt(coefficients @ coefficients))
+
+
+def without_noise(checks: FloatArray) -> FloatArray:
+    """Rows of norm 1 without the entries that are zero but for rounding."""
+    return np.where(np.abs(checks) > _NO_RANK, checks, 0.0)
 
 
 def name_workers(workers: Sequence[int]) -> str:

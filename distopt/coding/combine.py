@@ -14,9 +14,9 @@ from torch import Tensor
 
 from distopt.errors import ConfigError
 
-# Large enough that a call into torch costs little beside its work, small enough for a cache near the core: the fastest
-# powers of two are 1 to 4 MiB (1 thread and 2).
-_BLOCK_NBYTES = 1 << 20
+# Large enough that calls into torch, and its threads' waiting for each other, cost little beside the work, small enough
+# for a cache: of the powers of two the fastest were 1 to 4 MiB with 1 thread, 4 with 2.
+_BLOCK_NBYTES = 1 << 21
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ better, small n, and a limit on `Code.amplification`. More than s missing decode
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from distopt.coding.code import Code, FloatArray, check_workers, register, uniform_weights
+from distopt.coding.code import Code, FloatArray, check_workers, register, uniform_weights, without_noise
 from distopt.config import check_count
 from distopt.errors import ConfigError
 
@@ -56,11 +56,18 @@ class CyclicCode(Code):
         wrong = float(np.abs(coefficients @ self.matrix - 1.0).max())
         if not wrong <= _TRUE:  # NaN is no decoding either
             allowed = missing.size <= self.tolerance
-            cause = (
-                "these equations are too ill-conditioned for float64" if allowed else "the equations have no solution"
-            )
-            raise self._undecodable(missing.tolist(), f"{cause}, some part counts as 1 +- {wrong:.2g}")
+            cause = "are too ill-conditioned for float64" if allowed else "have no solution"
+            reason = f"the equations {cause}, at best a part counts wrong by {wrong:.2g}"
+            raise self._undecodable(missing.tolist(), reason)
         return coefficients
+
+    def parity_checks(self, arrived: Sequence[int]) -> FloatArray:
+        """See `Code.parity_checks`. As many as there are arrivals beyond n - s."""
+        present = self._present(arrived)
+        # Sums of null rows that are zero at the missing.
+        _, sizes, right = np.linalg.svd(self.null_rows[:, ~present].T)
+        free = right[len(sizes) :]
+        return without_noise((free @ self.null_rows)[:, list(arrived)])
 
     def decodable(self, survivors: Iterable[int]) -> bool:
         """See `Code.decodable`. True if at most s are missing, without a look at how well that decodes."""
@@ -142,7 +149,8 @@ def _polynomial(n: int, frequencies: np.ndarray) -> FloatArray:
         coefficients = np.convolve(coefficients, [1.0, -2.0 * np.cos(2 * np.pi * z / n), 1.0])
     if (2 * frequencies == n).any():
         coefficients = np.convolve(coefficients, [1.0, 1.0])
-    return coefficients / coefficients.sum()
+    scaled: FloatArray = coefficients / coefficients.sum()
+    return scaled
 
 
 def _waves(n: int, frequencies: np.ndarray) -> FloatArray:
@@ -152,8 +160,7 @@ def _waves(n: int, frequencies: np.ndarray) -> FloatArray:
     for z in frequencies[2 * frequencies <= n]:
         angles = 2 * np.pi * (z * steps % n) / n
         rows += [np.cos(angles)] if 2 * z == n else [np.cos(angles), np.sin(angles)]
-    waves = np.stack(rows)
-    return waves / np.linalg.norm(waves, axis=1, keepdims=True)
+    return np.stack([row / np.linalg.norm(row) for row in rows])
 
 
 def _identity(name: str, n: int) -> dict[str, Any]:

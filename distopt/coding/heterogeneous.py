@@ -14,6 +14,7 @@ computes the whole data.
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def heterogeneous(speeds: Sequence[float], s: int) -> HeterogeneousCode:
     """
     check_workers(len(speeds), s)
     for worker, speed in enumerate(speeds):
-        if not isinstance(speed, int | float) or isinstance(speed, bool) or not 0 < speed < math.inf:
+        if not _is_speed(speed):
             raise ConfigError(f"speeds must be positive numbers, got {speed!r} for worker {worker}; leave it out")
     steps = _STEPS_PER_WORKER * len(speeds)
     classes = balanced_classes(speeds, s + 1)
@@ -65,6 +66,10 @@ def heterogeneous(speeds: Sequence[float], s: int) -> HeterogeneousCode:
     index_of = {point: index for index, point in enumerate(points)}
     bounds = [[index_of[mark] for mark in ends] for ends in marks]
     return HeterogeneousCode.of_classes("heterogeneous", classes, bounds, np.diff(points) / steps)
+
+
+def _is_speed(speed: object) -> bool:
+    return not isinstance(speed, bool) and isinstance(speed, Real) and 0 < float(speed) < math.inf
 
 
 def balanced_classes(speeds: Sequence[float], num_classes: int) -> list[list[int]]:

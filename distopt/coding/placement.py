@@ -3,15 +3,15 @@
 Workers of one node become stragglers together. Where they hold rows that stand in for each other, the code tolerates
 less than it could:
 
-- repetition codes: the workers of a class split the data, so a class should be on few nodes; then the members of a group
-  (equal rows, one per class) are spread over as many nodes as they can be;
+- repetition codes: the workers of a class split the data, so a class should be on few nodes; then the members of a
+  group (equal rows, one per class) are spread over as many nodes as they can be;
 - `cyclic_mds`: neighbours among the missing amplify rounding errors without limit, so the workers of a node stand
   evenly spaced in the circle: then they amplify least;
 - `cyclic` bears neighbours best of all, so the workers of a node are neighbours.
 
 Limits: a node with more than s workers may still be more than a code tolerates. The rows of `heterogeneous` belong to
-the workers whose speeds were measured, and those of random matrices (`expander`, `random_regular`, `least_squares`) have
-no order: both stay where they are.
+the workers whose speeds were measured, and those of `expander`, `random_regular` and `least_squares` have no order:
+both stay where they are.
 """
 
 from collections.abc import Hashable, Sequence

@@ -17,7 +17,7 @@ ceil(n / floor(n / (s+1))).
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Self
 
@@ -28,6 +28,7 @@ from distopt.coding.code import Code, FloatArray, check_workers, register, unifo
 from distopt.errors import ConfigError
 
 Interval = tuple[int, int]
+Paths = dict[int, tuple[int, int, float]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,8 +80,7 @@ class RepetitionCode(Code):
         if point not in came_by:
             raise self._undecodable(np.flatnonzero(~present).tolist(), self._why_not(present))
         coefficients = np.zeros(self.num_workers)
-        while point != 0:
-            point, worker, sign = came_by[point]
+        for worker, sign in _way(came_by, point):
             coefficients[worker] = sign
         return coefficients
 
@@ -89,6 +89,29 @@ class RepetitionCode(Code):
         present = self._present(survivors)
         enough = int(present.sum()) >= self.num_workers - self.tolerance
         return enough or self.num_parts in self._paths(present)
+
+    def parity_checks(self, arrived: Sequence[int]) -> FloatArray:
+        """See `Code.parity_checks`. One per worker that closes a circle: equal rows, or two ways between points."""
+        present = self._present(arrived)
+        column = {worker: i for i, worker in enumerate(arrived)}
+        trees: dict[int, Paths] = {}
+        seen: set[int] = set()
+        for root in range(self.num_parts + 1):
+            if root not in seen:
+                tree = self._paths(present, root)
+                seen.update(tree)
+                trees.update(dict.fromkeys(tree, tree))
+        used = {worker for tree in trees.values() for _, worker, _ in tree.values()}
+        closing = [worker for worker in arrived if worker not in used]
+        checks = np.zeros((len(closing), len(column)))
+        for check, worker in zip(checks, closing, strict=True):
+            start, stop = self.intervals[worker]
+            check[column[worker]] = 1.0
+            # From the root to `stop`, less the way to `start`, is what the worker itself covers.
+            for end, factor in ((stop, -1.0), (start, 1.0)):
+                for passed, sign in _way(trees[end], end):
+                    check[column[passed]] += factor * sign
+        return checks
 
     @cached_property
     def _edges(self) -> tuple[tuple[tuple[int, int, float], ...], ...]:
@@ -99,11 +122,11 @@ class RepetitionCode(Code):
             edges[stop].append((start, worker, -1.0))
         return tuple(map(tuple, edges))
 
-    def _paths(self, present: NDArray[np.bool_]) -> dict[int, tuple[int, int, float]]:
-        """Shortest paths from 0: of each point, the point before it, the worker between and its sign."""
+    def _paths(self, present: NDArray[np.bool_], root: int = 0) -> Paths:
+        """Shortest paths from a point: of each point, the point before it, the worker between and its sign."""
         here = present.tolist()
-        came_by: dict[int, tuple[int, int, float]] = {0: (0, -1, 0.0)}
-        waiting = deque([0])
+        came_by: Paths = {root: (root, -1, 0.0)}
+        waiting = deque([root])
         while waiting:
             point = waiting.popleft()
             for other, worker, sign in self._edges[point]:
@@ -119,6 +142,14 @@ class RepetitionCode(Code):
             return f"nobody is left who holds part {lost[0]}, which the group {holders} held"
         first = [next(worker for worker in members if not present[worker]) for members in self.classes]
         return f"no class of workers is complete, for each lacks one of {first}"
+
+
+def _way(came_by: Paths, end: int) -> Iterator[tuple[int, float]]:
+    """The workers between the root and `end`, with their signs; from the end."""
+    before, worker, sign = came_by[end]
+    while worker >= 0:
+        yield worker, sign
+        before, worker, sign = came_by[before]
 
 
 @register

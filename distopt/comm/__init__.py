@@ -1,34 +1,47 @@
-"""Who gets it: collectives on fixed-size tensors, groups of ranks, and agreement without pickling anything."""
+"""Who gets it: collectives on fixed-size tensors, messages between roles, groups of ranks; nothing is unpickled."""
 
 from distopt.comm.abandon import end_when_stuck, leak_process_groups
 from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
+from distopt.comm.gloo import GlooTransport
 from distopt.comm.heartbeat import Heartbeat
+from distopt.comm.in_process import InProcess
+from distopt.comm.job import Job, find_job
 from distopt.comm.lifetime import KeptUntilDone
 from distopt.comm.link import Link, LinkModel, measure_link
+from distopt.comm.message import Message, TensorSpec, frame_bytes
 from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
 from distopt.comm.serial import SerialWorker
 from distopt.comm.shutdown import await_at_exit
 from distopt.comm.stopwatch import least_seconds
+from distopt.comm.transport import Transport
 
 __all__ = [
     "Channels",
+    "GlooTransport",
     "Heartbeat",
+    "InProcess",
+    "Job",
     "KeptUntilDone",
     "Link",
     "LinkModel",
+    "Message",
     "Nodes",
     "Place",
     "SerialWorker",
+    "TensorSpec",
+    "Transport",
     "all_gather",
     "all_reduce_sum",
     "all_to_all",
     "await_at_exit",
     "broadcast_from_first",
     "end_when_stuck",
+    "find_job",
     "find_nodes",
+    "frame_bytes",
     "gather_json",
     "leak_process_groups",
     "least_seconds",

@@ -266,6 +266,16 @@ def test_whatever_happens_nothing_goes_on_running(hosts, environment, marker, op
 
 
 @needs_namespaces
+@pytest.mark.parametrize(("options", "status", "went_on"), [((), 137, False), (("--survivors",), 0, True)])
+def test_a_killed_rank_ends_the_others_unless_they_are_survivors(hosts, environment, options, status, went_on):
+    killed = "[ $RANK = 0 ] || kill -KILL $$; sleep 1; echo went on"
+    ran = cluster("run", 2, "--grace", "0", *options, "--", "bash", "-c", killed, env=environment)
+    assert ran.returncode == status, ran.stderr
+    assert ("host1| went on" in ran.stdout) == went_on
+    assert ("rank 1 was ended by signal 9" in ran.stderr) == went_on
+
+
+@needs_namespaces
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_what_it_started(hosts, environment, marker, how):
     arguments = command("run", 2, "--", "bash", "-c", JOB, "job", marker)

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from example_ranks import free_port
+from mpirun import needs_mpi
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PROBE = """
@@ -18,11 +20,34 @@ dist.destroy_process_group()
 """
 
 
-def start(starter, script, **settings):
+# Ranks without torch, which takes them seconds to import: rank VICTIM dies, or ends with an error of its own.
+VICTIM = """
+import os, signal, sys, time
+rank, victim, end = os.environ["RANK"], sys.argv[1], sys.argv[2]
+if rank == victim:
+    if end == "error":
+        sys.exit(3)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(1)
+print(f"rank {rank} went on", flush=True)
+"""
+MPI_VICTIM = """
+import os, signal, sys, time
+from mpi4py import MPI
+rank = MPI.COMM_WORLD.Get_rank()
+MPI.COMM_WORLD.Barrier()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(1)
+print(f"rank {rank} went on", flush=True)
+"""
+
+
+def start(starter, script, *arguments, **settings):
     with_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": with_python, **settings}
     return subprocess.Popen(
-        ["bash", str(LAUNCH / starter), str(script)],
+        ["bash", str(LAUNCH / starter), str(script), *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -52,10 +77,101 @@ def test_two_hosts_on_this_machine_form_one_group(tmp_path, starter, settings):
 
 @pytest.mark.parametrize(
     ("starter", "missing"),
-    [("torchrun_nodes.sh", "NODES"), ("elastic.sh", "MASTER"), ("slurm.sbatch", "SLURM_JOB_NODELIST")],
+    [
+        ("torchrun_nodes.sh", "NODES"),
+        ("elastic.sh", "MASTER"),
+        ("slurm.sbatch", "SLURM_JOB_NODELIST"),
+        ("torchrun_survivors.sh", "RANKS"),
+        ("mpirun.sh", "RANKS"),
+    ],
 )
 def test_a_missing_setting_is_named(starter, missing):
     ran = start(starter, "script.py")
     output, _ = ran.communicate(timeout=20)
     assert ran.returncode != 0
     assert missing in output
+
+
+def finish(jobs, timeout=60):
+    """What each job printed; all are ended then."""
+    try:
+        return [job.communicate(timeout=timeout)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                job.terminate()
+                job.wait(20)
+
+
+def went_on(output):
+    return sorted(line for line in output.splitlines() if line.endswith("went on"))
+
+
+def test_ranks_under_torchrun_outlive_a_killed_one(tmp_path):
+    """Two hosts with two ranks each: neither the other rank of the host nor, at the end, the other agent is stopped."""
+    (tmp_path / "ranks.py").write_text(VICTIM)
+    settings = {"NODES": "2", "MASTER": "127.0.0.1", "PORT": free_port(), "RANKS": "2"}
+    hosts = [
+        start("torchrun_survivors.sh", tmp_path / "ranks.py", "1", "kill", NODE_RANK=str(number), **settings)
+        for number in range(2)
+    ]
+    outputs = finish(hosts)
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
+    assert [went_on(output) for output in outputs] == [["rank 0 went on"], ["rank 2 went on", "rank 3 went on"]]
+    assert "rank 1 was ended by signal 9 (KILL); the others go on" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("victim", "end", "settings", "status"),
+    [
+        ("1", "kill", {}, 0),
+        ("1", "error", {}, 3),  # as under any torchrun
+        ("0", "kill", {}, 128 + signal.SIGKILL),  # the master
+        ("0", "kill", {"ESSENTIAL": ""}, 0),
+        ("2", "kill", {"ESSENTIAL": "1 2"}, 128 + signal.SIGKILL),
+    ],
+)
+def test_what_the_agent_sees_of_a_rank(tmp_path, victim, end, settings, status):
+    (tmp_path / "ranks.py").write_text(VICTIM)
+    below = [sys.executable, str(tmp_path / "ranks.py"), victim, end]
+    rank = start("torchrun_survivors.sh", "--rank", *below, RANK=victim, **settings)
+    (output,) = finish([rank])
+    assert rank.returncode == status, output
+
+
+def test_an_agent_that_stops_its_ranks_reaches_them(tmp_path):
+    (tmp_path / "ranks.py").write_text("import time; print('up', flush=True); time.sleep(60)")
+    rank = start("torchrun_survivors.sh", "--rank", sys.executable, str(tmp_path / "ranks.py"), RANK="1")
+    assert rank.stdout.readline() == "up\n"
+    rank.terminate()
+    finish([rank], timeout=20)  # its output ends when the rank itself has ended
+    assert rank.returncode == 128 + signal.SIGTERM
+
+
+@needs_mpi
+def test_ranks_under_mpirun_outlive_a_killed_one_unless_told_otherwise(tmp_path):
+    (tmp_path / "ranks.py").write_text(MPI_VICTIM)
+    tolerant, strict = jobs = [
+        start("mpirun.sh", tmp_path / "ranks.py", RANKS="3", FAULTS=faults) for faults in ("tolerate", "abort")
+    ]
+    outputs = finish(jobs)
+    assert tolerant.returncode == 0, outputs[0]
+    assert went_on(outputs[0]) == ["rank 0 went on", "rank 2 went on"], outputs[0]
+    assert strict.returncode != 0
+    assert went_on(outputs[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("starter", "settings", "said"),
+    [
+        ("mpirun.sh", {"RANKS": "many"}, "RANKS must be a number of ranks, got 'many'"),
+        ("mpirun.sh", {"RANKS": "2", "FAULTS": "maybe"}, "FAULTS must be tolerate or abort, got 'maybe'"),
+        ("mpirun.sh", {"RANKS": "2", "HOSTS": "nowhere"}, "HOSTS must be a file that can be read, got 'nowhere'"),
+        ("torchrun_survivors.sh", {"RANKS": "2", "ESSENTIAL": "all"}, "ESSENTIAL must be ranks"),
+    ],
+)
+def test_a_wrong_setting_is_refused(starter, settings, said):
+    ran = start(starter, "script.py", **settings)
+    (output,) = finish([ran], timeout=20)
+    assert ran.returncode == 2
+    assert said in output

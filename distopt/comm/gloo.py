@@ -1,0 +1,179 @@
+"""A transport on torch.distributed's gloo backend, for ranks that torchrun (or any launcher) has started.
+
+What works there with torch 2.13, as measured: one thread per peer that receives, and one that sends. Polling a receive
+never sees it complete, a wait with a timeout closes the connection for good, and a pending send cannot be told from a
+finished one. A receive from any source would need one thread for all peers, but when a peer dies in the middle of a
+frame, that receive waits for the rest of it forever, and nobody else is heard any more; with a receive per peer only
+that peer's is lost. A death ends a pending send to the peer with an error, but not always a receive: `probe` tells.
+
+Limits: gloo receives into a buffer of known size, so frames have a largest size, and every receive allocates it anew
+(memory that is not written to is not used); CPU tensors only.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Collection
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distopt.comm.abandon import leak_process_groups
+from distopt.errors import CompatibilityError, ConfigError
+
+_TAG = 7
+_PROBE, _CLOSE = 0, 1  # first byte of a frame of the transport itself; messages begin with a letter
+_HEAD_BYTES = 64
+_POLL_S = 0.01
+_FOREVER = timedelta(days=365)
+
+
+class GlooTransport:
+    """One end of a gloo group. See `distopt.comm.Transport`. Making one is a collective over `process_group`.
+
+    Args:
+        process_group: The ranks; the group is only asked who they are, messages take a group of their own.
+        max_frame_bytes: Length of the longest frame that anybody sends.
+        peers: Group ranks that this rank exchanges frames with; all others by default. The peers of a rank must have
+            it among theirs.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        max_frame_bytes: int,
+        peers: Collection[int] | None = None,
+    ) -> None:
+        members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        group = dist.new_group(members, backend="gloo", timeout=_FOREVER)
+        if not isinstance(group, dist.ProcessGroup):
+            raise CompatibilityError("this process is not in the group; make the transport on the group's ranks only")
+        self._group: dist.ProcessGroup = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self.max_frame_bytes = max_frame_bytes
+        self._peers = sorted(set(range(self.size)) - {self.rank} if peers is None else set(peers) - {self.rank})
+        self._inbox: queue.SimpleQueue[tuple[int, Tensor] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._lost: set[int] = set()
+        self._silent: set[int] = set()  # peers that have closed their end
+        self._pending = dict.fromkeys(self._peers, 0)
+        self._outboxes: dict[int, queue.SimpleQueue[Tensor | None]] = {}
+        self._senders: dict[int, threading.Thread] = {}
+        self._closed = False
+        self._receivers = [
+            threading.Thread(target=self._receive_from, args=(peer,), name=f"distopt-receive-{peer}", daemon=True)
+            for peer in self._peers
+        ]
+        for receiver in self._receivers:
+            receiver.start()
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Ranks whose connection is known to be gone."""
+        return frozenset(self._lost)
+
+    def send(self, destination: int, frame: Tensor) -> None:
+        """See `Transport.send`."""
+        if frame.numel() > self.max_frame_bytes:
+            raise ConfigError(
+                f"a frame may have {self.max_frame_bytes} bytes, got {frame.numel()}; give max_frame_bytes when the "
+                "transport is made"
+            )
+        if destination == self.rank:  # gloo cannot send to itself
+            self._inbox.put((self.rank, frame))
+        elif destination in self._pending:
+            self._post(destination, frame)
+        else:
+            raise ConfigError(f"destination must be one of the peers {self._peers}, got {destination}")
+
+    def receive(self, timeout_s: float | None) -> tuple[int, Tensor] | None:
+        """See `Transport.receive`; the frame may be longer than what was sent."""
+        try:
+            return self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def pending_bytes(self, destination: int) -> int:
+        """See `Transport.pending_bytes`."""
+        return self._pending.get(destination, 0)
+
+    def probe(self, destination: int) -> None:
+        """See `Transport.probe`."""
+        if destination in self._pending and not self._pending[destination] and not self._closed:
+            self._post(destination, _signal(_PROBE))
+
+    def close(self, timeout_s: float) -> None:
+        """See `Transport.close`. A thread that a frozen or lost peer keeps waiting is left behind with its group."""
+        if self._closed:
+            return
+        self._closed = True
+        end = time.monotonic() + timeout_s
+        for peer in self._peers:
+            self._post(peer, _signal(_CLOSE))
+            self._outboxes[peer].put(None)
+        while not self._is_quiet() and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        self._inbox.put(None)
+        time.sleep(_POLL_S)  # threads that have nothing left to wait for are gone by then
+        if any(thread.is_alive() for thread in (*self._receivers, *self._senders.values())):
+            leak_process_groups()  # destroying the group would wait for these threads' operations
+        else:
+            dist.destroy_process_group(self._group)
+
+    def _is_quiet(self) -> bool:
+        """Whether every peer has closed its end or is lost, and the others have taken everything."""
+        return self._silent.union(self._lost).issuperset(self._peers) and not any(
+            pending for peer, pending in self._pending.items() if peer not in self._lost
+        )
+
+    def _post(self, destination: int, frame: Tensor) -> None:
+        with self._lock:
+            if destination in self._lost:
+                return
+            self._pending[destination] += frame.numel()
+            if destination not in self._senders:
+                outbox = self._outboxes[destination] = queue.SimpleQueue()
+                name = f"distopt-send-{destination}"
+                thread = threading.Thread(target=self._send_all, args=(destination, outbox), name=name, daemon=True)
+                self._senders[destination] = thread
+                thread.start()
+        self._outboxes[destination].put(frame)
+
+    def _send_all(self, destination: int, outbox: "queue.SimpleQueue[Tensor | None]") -> None:
+        while (frame := outbox.get()) is not None:
+            if destination not in self._lost:
+                try:
+                    dist.send(frame, group=self._group, group_dst=destination, tag=_TAG)
+                except RuntimeError:  # gloo's way to say that the connection is gone
+                    self._lose(destination)
+            with self._lock:
+                self._pending[destination] -= frame.numel()
+            del frame  # large, and not needed while waiting for the next
+
+    def _receive_from(self, peer: int) -> None:
+        while peer not in self._lost:
+            buffer = torch.empty(self.max_frame_bytes, dtype=torch.uint8)
+            buffer[:_HEAD_BYTES] = 0  # memory used before could hold an old header
+            try:
+                dist.recv(buffer, group=self._group, group_src=peer, tag=_TAG)
+            except RuntimeError:
+                self._lose(peer)
+                return
+            if buffer[0] == _CLOSE:
+                self._silent.add(peer)
+                return
+            if buffer[0] != _PROBE:
+                self._inbox.put((peer, buffer))
+            del buffer  # belongs to whoever receives it
+
+    def _lose(self, rank: int) -> None:
+        with self._lock:
+            self._lost.add(rank)
+
+
+def _signal(which: int) -> Tensor:
+    return torch.tensor([which], dtype=torch.uint8)

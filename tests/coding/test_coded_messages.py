@@ -1,0 +1,194 @@
+"""What reaches the master and is not what it should be is refused and counted, and changes nothing."""
+
+import threading
+import time
+
+import pytest
+import torch
+from coded_job import build, finish, parameters, sgd, start, train, uncoded
+
+from distopt.coding import Batches, GradientCoding, attachment, flat
+from distopt.coding.answer import Answer, TaskResult, to_message
+from distopt.coding.master import WINDOW
+from distopt.coding.orders import Kind, tasks_of, text_message
+from distopt.comm import InProcess, Message, message
+from distopt.errors import DecodeError, PeerLostError
+
+STEPS = 10
+
+
+def answer_for(round, *, sender=1, length=None, dtype=torch.float64, factor=1.0):
+    model = build()
+    length = sum(p.numel() for p in model.parameters()) if length is None else length
+    result = TaskResult(
+        1.0, 40.0, (0.0, 0.0), [factor * torch.ones(length, dtype=dtype)], torch.ones(4, dtype=torch.uint8)
+    )
+    return message.encode(to_message(Kind.ANSWER, round, sender, Answer(0.1, [result])))
+
+
+class Dead(Exception):
+    """What ends the thread of a rank that plays dead."""
+
+
+WRONG = {
+    "garbage": lambda step: torch.full((200,), 7, dtype=torch.uint8),
+    "a header that is damaged": lambda step: answer_for(step).clone().index_fill_(0, torch.tensor([9]), 255),
+    "another sender": lambda step: answer_for(step, sender=2),
+    "a shape": lambda step: answer_for(step, length=5),
+    "a dtype": lambda step: answer_for(step, dtype=torch.float32),
+    "a round to come": lambda step: answer_for(step + 5),
+    "a kind": lambda step: message.encode(text_message(Kind.WELCOME, step, 1, "")),
+    "no kind at all": lambda step: message.encode(Message(777, step, 1)),
+}
+
+
+def slice_for(step, *, slices=3, length=3):
+    numbers = (1.0, 40.0, 0.1, 0.0, 0.0)[: slices + 2]
+    tensors = (torch.ones(4, dtype=torch.uint8), torch.ones(length, dtype=torch.float64))
+    return message.encode(Message(Kind.SLICE, step, 1, tensors, numbers))
+
+
+WRONG_SLICES = {
+    "garbage": WRONG["garbage"],
+    "another sender": WRONG["another sender"],
+    "a kind": WRONG["a kind"],
+    "a shape": lambda step: slice_for(step),
+    "too few numbers": lambda step: slice_for(step, slices=1),
+    "a slice that there is not": lambda step: message.encode(Message(Kind.DECODED, step, 1, (), (1.0, 40.0, 99.0))),
+}
+CASES = [("first", wrong) for wrong in WRONG] + [("sharded", wrong) for wrong in WRONG_SLICES]
+
+
+@pytest.mark.parametrize(("master", "wrong"), CASES)
+def test_a_wrong_message_is_refused_and_counted_and_never_decoded(wrong, master):
+    make = (WRONG if master == "first" else WRONG_SLICES)[wrong]
+
+    def interfere(rank, step):
+        if rank.end.rank == 1 and step == 3:
+            rank.end.send(0, make(step))
+
+    ranks = train(5 if master == "first" else 4, STEPS, before=interfere, master=master)
+    assert ranks[0].stats["refused_messages"] == 1
+    assert [worker["refused"] for worker in ranks[0].stats["workers"]].index(1) == (0 if master == "first" else 1)
+    for rank in ranks:
+        assert (parameters(rank.models[0]) - uncoded([build()], STEPS)[0]).abs().max() <= 1e-12
+
+
+def test_an_answer_that_was_given_already_is_refused():
+    def again(rank, step):
+        if rank.end.rank == 1 and step == 4:
+            rank.end.send(0, answer_for(3, factor=1e6))
+
+    ranks = train(5, STEPS, before=again)
+    assert ranks[0].stats["refused_messages"] == 1
+    assert (parameters(ranks[0].models[0]) - uncoded([build()], STEPS)[0]).abs().max() <= 1e-12
+
+
+def test_a_worker_refuses_what_is_not_from_the_master():
+    def interfere(rank, step):
+        if rank.end.rank == 1 and step == 2:
+            rank.end.send(2, answer_for(step))
+            rank.end.send(2, torch.zeros(100, dtype=torch.uint8))
+
+    ranks = train(5, STEPS, before=interfere)
+    assert ranks[2].stats["refused_messages"] == 2
+
+
+def test_late_answers_are_drained_and_counted():
+    def slow(rank, step):
+        if rank.end.rank == 1 and step == 2:
+            time.sleep(0.1)
+
+    def steady(rank, step):
+        slow(rank, step)
+        if rank.end.rank == 0:
+            time.sleep(0.03)  # the late answer comes while the training goes on
+
+    ranks = train(5, STEPS, before=steady)
+    worker = ranks[0].stats["workers"][0]
+    assert worker["late"] + worker["unanswered"] >= 1
+    assert ranks[0].stats["saved_s"] > 0
+    assert ranks[0].stats["refused_messages"] == 0
+
+
+def test_what_is_kept_for_a_worker_that_does_not_answer_is_bounded():
+    """A worker that says hello and then takes everything and never answers, beside three that do."""
+    ends = InProcess.connect(5)
+    model = build()
+    models = [build() for _ in range(4)]
+    results = {}
+
+    def work(end, model):
+        with GradientCoding().attach(model, sgd(model), batches=Batches(120, 40), transport=end) as coded:
+            for _ in coded.steps(30):
+                coded.backward(lambda part: (model(torch.ones(len(part.samples), 6).double()) ** 2).sum())
+            results[end.rank] = coded.stats()
+
+    threads = [threading.Thread(target=work, args=(ends[i], models[i]), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    facts = attachment._facts(GradientCoding(), [flat.FlatModel(model)], Batches(120, 40))
+    ends[4].send(0, message.encode(text_message(Kind.HELLO, 0, 4, {"facts": facts, "node": "x", "problem": None})))
+    for thread in threads:
+        thread.join(30)
+    kinds = []
+    while (got := ends[4].receive(0.0)) is not None:
+        said = message.decode(got[1])
+        kinds.append(Kind(said.kind))
+        if said.kind == Kind.TASKS:
+            assert tasks_of(said)
+    assert kinds.count(Kind.TASKS) == WINDOW
+    assert kinds.count(Kind.PARAMETERS) == WINDOW
+    assert kinds[-1] == Kind.END
+    assert results[0]["workers"][3]["unanswered"] == 30
+
+
+def test_past_s_lost_workers_training_ends_with_their_names():
+    def die(rank, step):
+        if rank.end.rank in (1, 3) and step == 4:  # fractional: the two members of one group
+            rank.end.die()
+            raise Dead
+
+    ranks = finish(start(5, STEPS, before=die, code="fractional", deadline_s=5.0))
+    error = ranks[0].error
+    assert isinstance(error, DecodeError)
+    assert error.missing == (0, 2)
+    assert "workers 0, 2, ranks 1, 3 (its connection is gone)" in str(error)
+    for rank in (2, 4):
+        assert "the master has ended the training: DecodeError" in str(ranks[rank].error)
+
+
+def test_one_lost_worker_is_a_straggler_for_ever():
+    def die(rank, step):
+        if rank.end.rank == 2 and step == 4:
+            rank.end.die()
+            raise Dead
+
+    ranks = finish(start(5, STEPS, before=die))
+    assert ranks[0].error is None
+    assert (parameters(ranks[0].models[0]) - uncoded([build()], STEPS)[0]).abs().max() <= 1e-12
+    assert ranks[0].stats["gone"] == {1: "its connection is gone"}
+    assert "gone: its connection is gone" in ranks[0].report
+
+
+def test_silence_beyond_the_deadline_ends_the_training():
+    def stall(rank, step):
+        if rank.end.rank in (1, 3) and step == 2:
+            time.sleep(2.0)
+
+    ranks = finish(start(5, STEPS, before=stall, code="fractional", deadline_s=0.5))
+    assert isinstance(ranks[0].error, DecodeError)
+    assert ranks[0].error.missing == (0, 2)
+    assert "no answer for 0.5" in str(ranks[0].error)
+
+
+def test_a_worker_without_a_master_says_so():
+    def die(rank, step):
+        if rank.end.rank == 0 and step == 2:
+            rank.end.die()
+            raise Dead
+
+    ranks = finish(start(4, STEPS, before=die))
+    for rank in ranks[1:]:
+        assert isinstance(rank.error, PeerLostError)
+        assert rank.error.ranks == (0,)

@@ -1,0 +1,316 @@
+"""What a model and its loss must keep to is checked, and the error says what to change."""
+
+import threading
+
+import pytest
+import torch
+from coded_job import INPUTS, TARGETS, build, finish, parameters, sgd, start, sum_loss, train, uncoded
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distopt
+from distopt.coding import Batches, GradientCoding
+from distopt.comm import InProcess
+from distopt.errors import CompatibilityError, ConfigError, DecodeError, DesyncError, StateMismatchError
+
+STEPS = 4
+
+
+def failing(**arguments):
+    """The errors of the master and of a worker."""
+    ranks = finish(start(5, STEPS, **arguments))
+    return ranks[0].error, ranks[1].error
+
+
+def test_a_mean_in_place_of_a_sum():
+    def mean(model, part):
+        return nn.functional.binary_cross_entropy_with_logits(model(INPUTS[part.samples]), TARGETS[part.samples])
+
+    master, worker = failing(loss=mean)
+    assert isinstance(master, DecodeError)
+    assert "reduction='sum'" in str(master)
+    assert isinstance(worker, CompatibilityError)
+    assert "the loss of a part must be the sum over its samples" in str(worker)
+
+
+def test_a_loss_that_is_no_number():
+    _, worker = failing(loss=lambda model, part: model(INPUTS[part.samples]))
+    assert "must be one number" in str(worker)
+
+
+def test_a_loss_without_batches_that_does_not_count():
+    _, worker = failing(loss=lambda model, part: sum_loss(model, torch.arange(8)), batch_size=None)
+    assert "return (loss, number)" in str(worker)
+
+
+def test_a_loss_that_depends_on_more_than_the_part():
+    moved = threading.local()
+
+    def moving(model, part):
+        moved.on = getattr(moved, "on", 0) + 1
+        return (1 + 0.1 * moved.on) * sum_loss(model, part.samples)
+
+    _, worker = failing(loss=moving, batch_size=1)
+    assert "must be the same each time" in str(worker)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    model.train(training)
+    if not training:
+        assert all(rank.error is None for rank in finish(start(5, STEPS, models=[model])))
+        return
+    _, worker = failing(models=[model])
+    assert isinstance(worker, CompatibilityError)
+    assert "1 is a BatchNorm1d in training mode" in str(worker)
+    assert "model.1.eval()" in str(worker)
+
+
+def test_unchecked_on_demand():
+    def mean(model, part):
+        return sum_loss(model, part.samples) / 7
+
+    ranks = train(5, STEPS, loss=mean, check_rules=False)
+    assert all(rank.error is None for rank in ranks)
+
+
+def differing(rank, model, part):
+    return sum_loss(model, part.samples) * (1.01 if rank == 2 else 1.0)
+
+
+@pytest.mark.parametrize("code", ["fractional", "binary", "cyclic"])
+@pytest.mark.parametrize("replicas", ["error", "warn", "ignore"])
+def test_replicas_that_differ_are_found(code, replicas):
+    """Rank 2's gradients are 1% too large."""
+    ends = InProcess.connect(5)
+    models = [build() for _ in ends]
+    errors, stats = {}, {}
+
+    def work(end, model):
+        coding = GradientCoding(code=code, replicas=replicas, deadline_s=10.0)
+        try:
+            optimizer = sgd(model)
+            with coding.attach(model, optimizer, batches=Batches(120, 40), transport=end) as coded:
+                for _ in coded.steps(20):
+                    coded.backward(lambda part: differing(end.rank, model, part))
+                    optimizer.step()
+                stats[end.rank] = coded.stats()
+        except Exception as error:
+            errors[end.rank] = error
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(ends, models, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    if replicas == "error":
+        assert isinstance(errors[0], DesyncError)
+        assert "worker 1 (rank 2)" in str(errors[0])
+    else:
+        assert not errors
+        assert (stats[0]["disagreements"] > 0) == (replicas == "warn")
+
+
+def test_decoders_that_differ_are_found():
+    def wrong(rank, step):
+        if rank.end.rank == 2 and step == 2:
+            with torch.no_grad():
+                next(iter(rank.models[0].parameters())).mul_(1.001)
+
+    ranks = finish(start(4, 12, before=wrong, master="sharded"))
+    errors = [str(rank.error) for rank in ranks if isinstance(rank.error, DesyncError)]
+    assert errors
+    assert all("2" in text.partition("ranks ")[2].partition(" sent")[0] for text in errors)
+
+
+# -- what attach refuses ---------------------------------------------------------------------------------------------
+
+
+def attach(model, optimizer, **arguments):
+    """The errors of both ranks of a job of three."""
+    ends = InProcess.connect(3)
+    errors = {}
+
+    def work(end):
+        try:
+            GradientCoding(deadline_s=5.0, **arguments).attach(model, optimizer, transport=end)
+        except Exception as error:
+            errors[end.rank] = error
+
+    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return errors
+
+
+def test_a_frozen_model():
+    model = build().requires_grad_(False)
+    errors = attach(model, sgd(build()))
+    assert len(errors) == 3
+    assert "got none" in str(errors[0])
+
+
+def test_the_optimizer_of_another_model():
+    assert "the optimizer must hold parameters of its model" in str(attach(build(), sgd(build()))[1])
+
+
+def test_a_number_of_models_that_the_scheme_does_not_train():
+    models = [build() for _ in range(3)]
+    errors = attach(models, [sgd(model) for model in models])
+    assert "got 3" in str(errors[0])
+
+
+def test_16_bit_parameters_with_a_code_that_amplifies():
+    model = build(dtype=torch.bfloat16)
+    assert "at least 32 bits, got torch.bfloat16" in str(attach(model, sgd(model), code="cyclic")[0])
+
+
+def test_a_ddp_model(ranks):
+    assert all("pass model.module" in text for text in ranks(2)(_attach_ddp))
+
+
+def _attach_ddp():
+    model = DistributedDataParallel(build())
+    with pytest.raises(CompatibilityError) as error:
+        GradientCoding(code="fractional", stragglers=0).attach(model, sgd(model))
+    return str(error.value)
+
+
+def test_no_job():
+    with pytest.raises(ConfigError, match="belongs to no job"):
+        GradientCoding().attach(build(), sgd(build()))
+    with pytest.raises(ConfigError, match="'auto', 'gloo', 'mpi'"):
+        GradientCoding().attach(build(), sgd(build()), transport="carrier pigeon")
+
+
+def test_a_job_of_one():
+    with pytest.raises(CompatibilityError, match="start at least 3 ranks"):
+        GradientCoding().attach(build(), sgd(build()), transport=InProcess.connect(1)[0])
+
+
+@pytest.mark.parametrize("what", ["seed", "model", "buffers", "batches"])
+def test_ranks_that_do_not_mean_the_same_training(what):
+    ends = InProcess.connect(3)
+    errors = {}
+
+    def work(end):
+        odd = end.rank == 2
+        model = nn.Sequential(nn.Linear(6, 9 if odd and what == "model" else 8), nn.Linear(8, 1)).double()
+        if what == "model":
+            model = nn.Sequential(nn.Linear(6, 9 if odd else 8)).double()
+        model.register_buffer("offset", torch.full((3,), float(odd and what == "buffers")))
+        batches = Batches(120, 40, seed=int(odd and what == "batches"))
+        try:
+            GradientCoding(deadline_s=5.0, seed=int(odd and what == "seed")).attach(
+                model, sgd(model), batches=batches, transport=end
+            )
+        except Exception as error:
+            errors[end.rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    named = {"seed": "configuration", "model": "parameters", "buffers": "buffers", "batches": "batches"}[what]
+    assert set(errors) == {0, 1, 2}
+    assert all(f"ranks 0 and 2 must have the same {named}" in text for text in errors.values())
+
+
+def test_a_rank_that_never_says_hello_is_named():
+    ends = InProcess.connect(3)
+    errors = {}
+
+    def work(end):
+        model = build()
+        try:
+            GradientCoding(deadline_s=0.3).attach(model, sgd(model), transport=end)
+        except Exception as error:
+            errors[end.rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert "ranks 2 did not say hello within 0.3 s" in errors[0]
+
+
+def test_backward_belongs_into_a_step():
+    def twice(rank, step):
+        if step == 1 and rank.end.rank == 0:
+            rank.coded.backward(lambda part: 0)
+            rank.coded.backward(lambda part: 0)
+
+    ranks = finish(start(4, STEPS, before=twice))
+    assert isinstance(ranks[0].error, Exception)
+
+
+def test_the_state_of_something_else():
+    ends = InProcess.connect(3)
+    ranks = train(3, 2)
+    with pytest.raises(StateMismatchError, match="load what state_dict"):
+        ranks[0].coded.load_state_dict({"algorithm": "dgc", "step": 3})
+    assert len(ends) == 3
+
+
+# -- the configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"code": "turbo"}, "code must be one of"),
+        ({"stragglers": -1}, "stragglers must be an integer of at least 0, got -1"),
+        ({"master": "last"}, "master must be one of"),
+        ({"stop": "never"}, "stop must be one of"),
+        ({"mu": -1.0}, "mu must be"),
+        ({"amplification_limit": 0}, "amplification_limit must be"),
+        ({"deadline_s": 0}, "deadline_s must be"),
+        ({"replicas": "shrug"}, "replicas must be one of"),
+        ({"replica_tolerance": -1.0}, "replica_tolerance must be"),
+        ({"check_rules": "no"}, "check_rules must be True or False"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"options": 3}, "options must be a mapping"),
+        ({"scheme": 3}, "scheme must be a sequential code"),
+        ({"master": "sharded", "code": "cyclic"}, "takes the fractional code only"),
+    ],
+)
+def test_a_wrong_value_is_named(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        GradientCoding(**wrong)
+
+
+def test_what_fits_no_number_of_workers():
+    with pytest.raises(ConfigError, match="use binary"):
+        GradientCoding(code="fractional", stragglers=1).scheme_for(5)
+    with pytest.raises(ConfigError, match="knows the options"):
+        GradientCoding(options={"speed": 3}).scheme_for(4)
+    with pytest.raises(ConfigError, match="for 3 workers, but the job has 4"):
+        GradientCoding(code="heterogeneous", options={"speeds": [1.0, 1.0, 1.0]}).scheme_for(4)
+    with pytest.raises(ConfigError, match="missing"):
+        GradientCoding(code="heterogeneous").scheme_for(4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"code": "cyclic", "stragglers": 2, "deadline_s": 5.0},
+        {"code": "approximate", "options": {"copies": 3}},
+        {"scheme": {"scheme": "sr-sgc", "burst": 1, "window": 2, "stragglers": 1}},
+    ],
+)
+def test_a_configuration_survives_json(config):
+    import json
+
+    made = GradientCoding(**config)
+    assert distopt.from_config(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_uncoded_is_equal_to_itself():
+    assert torch.equal(uncoded([build()], 3)[0], uncoded([build()], 3)[0])
+    assert not torch.equal(uncoded([build()], 3)[0], parameters(build()))

@@ -1,0 +1,167 @@
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distopt.comm import GlooTransport, InProcess
+from distopt.errors import ConfigError
+from rank_pool import RankPool
+
+LARGE = 1 << 26
+
+
+def numbered(number, size=8):
+    return torch.full((size,), number, dtype=torch.uint8)
+
+
+def pattern(rank):
+    return (torch.arange(LARGE) % 100 + 50 + rank).to(torch.uint8)  # messages begin with a letter
+
+
+def receive_all(transport, count, timeout_s=30.0):
+    """The first bytes by source, in the order of their arrival."""
+    found = {}
+    for _ in range(count):
+        got = transport.receive(timeout_s)
+        assert got is not None, f"only {found} within {timeout_s} s"
+        found.setdefault(got[0], []).append(int(got[1][0]))
+    return found
+
+
+def everybody_sends_to_everybody():
+    import torch.distributed as dist
+
+    transport = GlooTransport(max_frame_bytes=1024)
+    for number in range(20, 40):
+        for rank in range(transport.size):
+            transport.send(rank, numbered(number, size=number))
+    found = receive_all(transport, 20 * transport.size)
+    nothing = transport.receive(0.05)
+    threads = {thread.name for thread in threading.enumerate()}
+    transport.close(10.0)
+    left = {thread.name for thread in threading.enumerate() if thread.name.startswith("distopt-")}
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the job's own group works as before
+    return found, nothing, len(threads), left, total.item()
+
+
+def test_frames_arrive_in_order_also_at_oneself_and_nothing_is_left_running(ranks):
+    for found, nothing, _, left, total in ranks(3)(everybody_sends_to_everybody):
+        assert found == {rank: list(range(20, 40)) for rank in range(3)}
+        assert nothing is None
+        assert left == set()
+        assert total == 3
+
+
+def large_to_first():
+    transport = GlooTransport(max_frame_bytes=LARGE, peers=None if torch.distributed.get_rank() == 0 else [0])
+    correct = 0
+    if transport.rank:
+        transport.send(0, pattern(transport.rank))
+    else:
+        for _ in range(transport.size - 1):
+            source, frame = transport.receive(30.0)
+            correct += torch.equal(frame, pattern(source))
+    transport.close(20.0)
+    return correct
+
+
+def test_large_frames_are_whole(ranks):
+    assert ranks(3)(large_to_first)[0] == 2
+
+
+def refused():
+    transport = GlooTransport(max_frame_bytes=16, peers=[1 - torch.distributed.get_rank()])
+    messages = []
+    for destination, size in ((1 - transport.rank, 17), (5, 3)):
+        with pytest.raises(ConfigError) as error:
+            transport.send(destination, numbered(50, size))
+        messages.append(str(error.value))
+    transport.close(5.0)
+    return messages
+
+
+def test_a_frame_that_is_too_long_and_a_rank_that_is_none_are_refused(ranks):
+    for too_long, nobody in ranks(2)(refused):
+        assert "may have 16 bytes, got 17" in too_long
+        assert "got 5" in nobody
+
+
+def wake_when_frozen(pid, after_s):
+    status = Path(f"/proc/{pid}/status")
+    while status.exists() and "State:\tT" not in status.read_text():
+        time.sleep(0.01)
+    time.sleep(after_s)
+    os.kill(pid, signal.SIGCONT)
+
+
+def with_deaths(out, deadline_s):
+    """Rank 1 dies while a large frame of its own is on its way, rank 2 freezes and returns."""
+    transport = GlooTransport(max_frame_bytes=LARGE, peers=None if torch.distributed.get_rank() == 0 else [0])
+    if transport.rank == 1:
+        transport.send(0, numbered(50))
+        transport.send(0, numbered(51, LARGE))
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if transport.rank in (2, 3):
+        transport.send(0, numbered(60))
+        if transport.rank == 2:
+            while transport.pending_bytes(0):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        got = receive_all(transport, 5)
+        transport.send(0, numbered(61))
+        transport.close(10.0)
+        (out / str(transport.rank)).write_text(json.dumps(got))
+        return
+    found = receive_all(transport, 3)
+    for number in range(70, 75):
+        transport.send(3, numbered(number))  # goes on while 2 is frozen, and after 1 has died
+    for number in range(70, 75):
+        transport.send(2, numbered(number))
+    end = time.monotonic() + deadline_s
+    while 1 not in transport.lost and time.monotonic() < end:
+        transport.probe(1)
+        time.sleep(0.05)
+    lost = transport.lost
+    transport.send(1, numbered(80))  # dropped
+    last = [list(receive_all(transport, 1).items()) for _ in range(2)]
+    transport.close(2.0)
+    (out / "0").write_text(json.dumps([found, last, sorted(lost)]))
+
+
+def test_a_death_in_the_middle_of_a_frame_and_a_freeze_do_not_stop_the_others(tmp_path):
+    pool = RankPool(4)
+    try:
+        pool._start()
+        threading.Thread(target=wake_when_frozen, args=(pool._processes[2].pid, 0.7)).start()
+        with pytest.raises(AssertionError, match="rank 1 ---\nthe process died") as failure:
+            pool(with_deaths, tmp_path, 20.0, deadline_s=50.0)
+        assert failure.value.args[0].count("---") == 2, failure.value
+    finally:
+        pool.close()
+    found, last, lost = json.loads((tmp_path / "0").read_text())
+    assert found == {"1": [50], "2": [60], "3": [60]}
+    assert last == [[[3, [61]]], [[2, [61]]]]  # the one that was frozen comes last
+    assert lost == [1]
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (2, 3)] == [{"0": [70, 71, 72, 73, 74]}] * 2
+
+
+def test_in_process_ends():
+    ends = InProcess.connect(3)
+    ends[0].send(1, numbered(5))
+    ends[2].send(1, numbered(6))
+    ends[1].send(1, numbered(7))
+    assert receive_all(ends[1], 3) == {0: [5], 2: [6], 1: [7]}
+    assert ends[1].receive(0.01) is None
+    ends[2].die()
+    ends[2].send(1, numbered(8))
+    assert ends[1].receive(0.01) is None
+    assert ends[0].lost == {2}
+    ends[0].close()
+    assert ends[0].receive(None) is None
