@@ -11,7 +11,8 @@ The copies are there because a trace shows a coincidence, two slow workers that 
 scheme that such luck has favoured looks best on its trace and is not best on the next one; among other neighbours the
 same slowness shows what it risks. Of schemes as fast as each other (`TIE`) the simplest comes first.
 
-Limits: what the trace did not see, the plan does not know; record 100 rounds or more. Inner codes are 0/1 codes.
+Limits: what the trace did not see, the plan does not know: record 100 rounds or more, and 600 where a few answers are
+extremely late. Inner codes are 0/1 codes. Places on nodes are not known: the copies stand for any.
 """
 
 import math

@@ -21,7 +21,7 @@ from distopt.coding import (
 from distopt.coding.planning import TIE
 from distopt.errors import ConfigError
 
-WORKERS, PROBE_ROUNDS, HELD_OUT_ROUNDS = 64, 300, 1200
+WORKERS, PROBE_ROUNDS, HELD_OUT_ROUNDS = 64, 600, 1200
 
 
 def drawn(seed):
