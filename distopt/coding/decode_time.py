@@ -50,19 +50,20 @@ class DecodeTime:
 
     def _connected(self, times: FloatArray, intervals: list[tuple[int, int]]) -> float:
         """When the answers lead from point 0 to the last one, as `RepetitionCode` says: each connects two points."""
-        parent = list(range(self.code.num_parts + 1))
-
-        def root(point: int) -> int:
-            while parent[point] != point:
-                parent[point] = point = parent[parent[point]]
-            return point
-
+        last = self.code.num_parts
+        component = list(range(last + 1))  # of each point
+        members = [[point] for point in range(last + 1)]
         for worker in np.argsort(times, kind="stable").tolist():
-            if times[worker] == math.inf:
-                break
             start, stop = intervals[worker]
-            parent[root(start)] = root(stop)
-            if root(0) == root(self.code.num_parts):
+            kept, merged = component[start], component[stop]
+            if kept == merged:
+                continue
+            if len(members[kept]) < len(members[merged]):
+                kept, merged = merged, kept
+            for point in members[merged]:
+                component[point] = kept
+            members[kept] += members[merged]
+            if component[0] == component[last]:
                 return float(times[worker])
         return math.inf
 

@@ -140,22 +140,17 @@ class MSGCRun(SequentialRun):
     def may_end(self, round: int) -> bool:
         """Each job under way decodes in time if everybody answers in all later rounds.
 
-        A worker has as many slots left for what it owes as the job has rounds, and each group's coded results come from
-        those who owe nothing by then, which must be enough for the inner code.
+        A worker has as many slots left for what it owes as the job has rounds. And those who owe nothing, now and
+        after this round, are enough for the inner code: they alone have coded results of the group that is next.
         """
         return all(self._feasible(job, slot) for job, slot in self._under_way(round))
 
     def _feasible(self, job: int, slot: int) -> bool:
         state, owed = self._jobs[job], self._jobs[job].owed()
-        group = slot - (self.scheme.window - 1)
-        left = self.scheme.burst - 1 - max(group, -1)
-        if owed.max() > left:
+        group = slot - state.num_private
+        if owed.max() > self.scheme.burst - 1 - max(group, -1):
             return False
-        if not self.scheme.coded:
-            return True
-        if group >= 0 and not self.scheme.decodes(state.coded_here(group)):
-            return False
-        return all(self.scheme.decodes(owed <= later) for later in range(left))
+        return not self.scheme.coded or self.scheme.decodes(state.coded_here(group) if group >= 0 else owed == 0)
 
     def _under_way(self, round: int) -> Iterator[tuple[int, int]]:
         """The jobs of a round with their slots."""

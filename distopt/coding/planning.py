@@ -5,7 +5,7 @@ as Krishnan, Ebrahimi & Khisti (ICLR 2023) do; no constant decides. The steps:
 
 1. Coarse: every kind over its parameters, the number of stragglers in powers of two, on the first rounds of the trace.
 2. Fine: around the best of each kind, numbers of stragglers in between.
-3. Final: the best of all kinds, for all jobs, on the trace and on copies of it whose workers have changed places.
+3. Final: the best of all kinds, on the whole trace and on copies of it whose workers have changed places.
 
 The copies are there because a trace shows a coincidence, two slow workers that hold the same part, once or never. A
 scheme that such luck has favoured looks best on its trace and is not best on the next one; among other neighbours the
@@ -35,10 +35,12 @@ from distopt.errors import ConfigError
 FAMILIES = ("uncoded", "gradient-coding", "sr-sgc", "m-sgc")
 TIE = 0.005  # candidates within this part of the fastest count as equally fast
 
-_COARSE_JOBS = 60
-_FINE_PER_FAMILY = 4
-_FINAL_PER_FAMILY, _FINAL = 3, 16
+_COARSE_JOBS = 80  # long enough that a delay of a few rounds does not decide
+_COARSE_BEST, _FINE_BEST = 16, 24  # of each family, that go on to the next step
+_HOPELESS = 1.25  # slower than the best by so much, if only by its load: not simulated
+_FINAL, _FINAL_PER_FAMILY = 32, 3
 _COPIES = 6
+_SURE_AFTER, _BEHIND = 2, 0.04  # copies after which a scheme that is so far behind is out
 _BURSTS = (1, 2, 3)
 
 
@@ -49,7 +51,7 @@ class Candidate:
     Attributes:
         family: One of `FAMILIES`.
         scheme: Ready for `simulate` or `begin`.
-        seconds: Of all jobs: the mean over the trace and its copies; inf if a run would have waited for ever.
+        seconds: Of all jobs: the mean over the trace and copies of it; inf if a run would have waited for ever.
         uncoded_s: The same without coding.
         config: What to give `distopt.from_config` for live training.
     """
@@ -103,12 +105,12 @@ def plan(
     check_count("jobs", jobs, low=1, remedy="give the number of gradients to compute")
     question = _Question(trace, jobs, stop, mu, seconds_per_load)
     n = trace.num_workers
-    found = _rank(question.coarse(), {family: _coarse(family, n) for family in FAMILIES if family in families})
-    found = {
-        family: _rank(question.coarse(), {family: _around(schemes[:_FINE_PER_FAMILY], n)})[family]
-        for family, schemes in found.items()
-    }
-    return _final(question, found, seed)
+    found: dict[str, list[Scheme]] = {}
+    for family in FAMILIES:
+        if family in families:
+            coarse = _fastest(question, _coarse(family, n), _COARSE_BEST)
+            found[family] = _fastest(question, _around(coarse, n), _FINE_BEST)
+    return _candidates(question, _finalists(question, found), seed)
 
 
 @dataclass(frozen=True)
@@ -119,19 +121,23 @@ class _Question:
     mu: float
     seconds_per_load: float | None
 
-    def coarse(self) -> "_Question":
-        return replace(self, jobs=min(self.jobs, _COARSE_JOBS))
+    def seconds(self, scheme: Scheme, most_jobs: int | None = None) -> float:
+        """Of all jobs; extrapolated from the first `most_jobs`, by default from as many as the trace has rounds.
 
-    def seconds(self, scheme: Scheme) -> float:
-        """Of all jobs of this question."""
-        return simulate(
-            scheme,
-            self.trace,
-            jobs=self.jobs,
-            stop=self.stop,
-            mu=self.mu,
-            seconds_per_load=self.seconds_per_load,
-        ).seconds
+        The rest would only repeat the trace. The T rounds that a delay adds are counted as the whole run has them.
+        """
+        jobs = min(self.jobs, most_jobs or self.trace.num_rounds)
+        found = simulate(
+            scheme, self.trace, jobs=jobs, stop=self.stop, mu=self.mu, seconds_per_load=self.seconds_per_load
+        )
+        return found.seconds * (self.jobs + scheme.delay) / (jobs + scheme.delay)
+
+    def floor(self, scheme: Scheme) -> float:
+        """Of all jobs if each round took its fastest answer, at the scheme's mean load."""
+        slope = self.trace.slope if self.seconds_per_load is None else self.seconds_per_load
+        fastest = np.nan_to_num(self.trace.seconds, nan=math.inf).min(axis=1)
+        shifted = fastest[np.isfinite(fastest)] + slope * (scheme.load - self.trace.load)
+        return self.jobs * max(0.0, float(shifted.mean()))
 
     def copies(self, seed: int) -> Iterator["_Question"]:
         """The question itself, and with the workers in other places."""
@@ -141,42 +147,59 @@ class _Question:
             yield replace(self, trace=self.trace.reordered(rng.permutation(self.trace.num_workers)))
 
 
-def _rank(question: _Question, by_family: dict[str, list[Scheme]]) -> dict[str, list[Scheme]]:
-    """The schemes of each family, fastest first.
+def _fastest(question: _Question, schemes: Iterable[Scheme], count: int) -> list[Scheme]:
+    """The first `count` on the first rounds of the trace; without those whose load alone makes them slow."""
+    found: list[tuple[float, int, Scheme]] = []
+    best = math.inf
+    floors = [(question.floor(scheme), place, scheme) for place, scheme in enumerate(schemes)]
+    for floor, place, scheme in sorted(floors, key=lambda each: each[:2]):
+        if floor <= _HOPELESS * best:
+            seconds = question.seconds(scheme, _COARSE_JOBS)
+            best = min(best, seconds)
+            found.append((seconds, place, scheme))
+    return [scheme for _, _, scheme in sorted(found, key=lambda each: each[:2])[:count]]
 
-    By the time per round: the T rounds that a delay adds weigh less in a long run than in a short one.
-    """
 
-    def per_round(scheme: Scheme) -> float:
-        return question.seconds(scheme) / (question.jobs + scheme.delay)
+def _finalists(question: _Question, by_family: dict[str, list[Scheme]]) -> dict[str, list[Scheme]]:
+    """The best on the whole trace, and the best of each family."""
+    measured = {
+        family: sorted(((question.seconds(scheme), place) for place, scheme in enumerate(schemes)))
+        for family, schemes in by_family.items()
+    }
+    limit = sorted(seconds for found in measured.values() for seconds, _ in found)[:_FINAL][-1]
+    return {
+        family: [
+            by_family[family][place]
+            for rank, (seconds, place) in enumerate(found)
+            if seconds <= limit or rank < _FINAL_PER_FAMILY
+        ]
+        for family, found in measured.items()
+    }
 
-    return {family: sorted(schemes, key=per_round) for family, schemes in by_family.items()}
+
+def _means(question: _Question, schemes: list[Scheme], seed: int) -> list[float]:
+    """The mean seconds of each over the trace and its copies; who falls behind is not asked for all copies."""
+    seconds: list[list[float]] = [[] for _ in schemes]
+    running = set(range(len(schemes)))
+    for number, copy in enumerate(question.copies(seed)):
+        for place in running:
+            seconds[place].append(copy.seconds(schemes[place]))
+        if number >= _SURE_AFTER:
+            best = min(float(np.mean(seconds[place])) for place in running)
+            running = {place for place in running if np.mean(seconds[place]) <= (1 + _BEHIND) * best}
+    return [float(np.mean(each)) for each in seconds]
 
 
-def _final(question: _Question, by_family: dict[str, list[Scheme]], seed: int) -> list[Candidate]:
-    measured = [
-        (question.seconds(scheme), family, scheme) for family, schemes in by_family.items() for scheme in schemes
-    ]
-    measured.sort(key=lambda each: each[0])
-    best = [each for family in by_family for each in [m for m in measured if m[1] == family][:_FINAL_PER_FAMILY]]
-    finalists = [each for place, each in enumerate(measured) if place < _FINAL or each in best]
-    copies = list(question.copies(seed))
+def _candidates(question: _Question, by_family: dict[str, list[Scheme]], seed: int) -> list[Candidate]:
+    """Fastest first; of those that are tied with the fastest, the simplest."""
     uncoded = Uncoded(question.trace.num_workers)
-    uncoded_s = float(np.mean([copy.seconds(uncoded) for copy in copies]))
+    pairs = [(family, scheme) for family, schemes in by_family.items() for scheme in schemes if family != "uncoded"]
+    pairs.append(("uncoded", uncoded))
+    means = _means(question, [scheme for _, scheme in pairs], seed)
     candidates = [
-        Candidate(
-            family=family,
-            scheme=scheme,
-            seconds=float(np.mean([copy.seconds(scheme) for copy in copies])),
-            uncoded_s=uncoded_s,
-            config=_config(scheme),
-        )
-        for _, family, scheme in finalists
-        if family != "uncoded"
+        Candidate(family=family, scheme=scheme, seconds=mean, uncoded_s=means[-1], config=_config(scheme))
+        for (family, scheme), mean in zip(pairs, means, strict=True)
     ]
-    candidates.append(
-        Candidate(family="uncoded", scheme=uncoded, seconds=uncoded_s, uncoded_s=uncoded_s, config=_config(uncoded))
-    )
     candidates.sort(key=lambda each: each.seconds)
     tied = [each for each in candidates if each.seconds <= (1 + TIE) * candidates[0].seconds]
     tied.sort(key=lambda each: (each.scheme.delay, each.scheme.load))

@@ -156,29 +156,16 @@ class _MSGCTimes(_SequentialTimes):
         return loads if self._scheme.coded else np.where(loads > 0, loads, np.nan)
 
     def may_end_at(self, times: FloatArray) -> float:
-        end = -math.inf
-        for slot in reversed(self._slots):  # the last slots ask for most, which settles the others
-            end = self._feasible_at(slot, times, end)
-        return end
-
-    def _feasible_at(self, slot: int, times: FloatArray, end: float) -> float:
-        """When the job in this slot can still be decoded in time; at least `end`."""
-        owed, group = self._owed[slot], slot - self._private
-        left = self._scheme.burst - 1 - max(group, -1)
-        if group < 0:
-            worst, best = owed + 1, owed
-        else:
-            worst, best = owed, np.maximum(owed - 1, 0)
-        if best.max() > left:
-            return math.inf
-        end = max(end, float(times[worst > left].max(initial=-math.inf)))
-        if not self._scheme.coded:
-            return end
-        if group >= 0:
-            end = self._decode_time.at(np.where(owed == 0, times, math.inf), end)
-        for later in range(left):
-            able = np.where(worst <= later, -math.inf, np.where(best <= later, times, math.inf))
-            end = self._decode_time.at(able, end)
+        end, asked = -math.inf, set()
+        for slot in self._slots:
+            owed, group = self._owed[slot], slot - self._private
+            left = self._scheme.burst - 1 - max(group, -1)
+            if (owed - (group >= 0)).max() > left:
+                return math.inf
+            end = max(end, float(times[owed + (group < 0) > left].max(initial=-math.inf)))
+            if self._scheme.coded and (key := (owed > 0).tobytes()) not in asked:
+                asked.add(key)
+                end = self._decode_time.at(np.where(owed == 0, times, math.inf), end)
         return end
 
     def end(self, arrived: Mask) -> None:

@@ -156,7 +156,7 @@ class Run(ABC):
         if round == self.round:
             self._answered[round][worker] = True
         for index, task in enumerate(self._tasks[round][worker]):
-            if task.job >= self.round - self.scheme.delay and task.job not in self._decoded:
+            if task.job >= self.round - self.scheme.delay:
                 self._keep(task.job, round, worker, index)
 
     def missing(self, round: int) -> list[int]:
