@@ -123,7 +123,9 @@ class Worker:
                     pass
             elif MASTER in self._transport.lost:
                 raise PeerLostError("the master, rank 0, is gone: the job cannot go on without it", (MASTER,))
-            elif time.monotonic() - since > self._patience_s:
+            elif time.monotonic() - since <= self._patience_s:
+                self._transport.probe(MASTER)  # a receive does not always notice that the other side has died
+            else:
                 raise PeerLostError(
                     f"the master, rank 0, has said nothing for {self._patience_s:g} s, twice the deadline of a round; "
                     "give a longer deadline_s if it has so much else to do between two steps",
