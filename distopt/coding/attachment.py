@@ -23,6 +23,7 @@ from distopt.coding.one_round import OneRound
 from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Scheme
+from distopt.coding.sequential import SequentialCode
 from distopt.coding.sharded import Sharded
 from distopt.coding.trace import Trace
 from distopt.coding.worker import MASTER, Worker
@@ -127,9 +128,11 @@ class CodedTraining:
             )
 
     def _rows(self, nodes: Sequence[Any]) -> list[int]:
-        """The place in the scheme of each worker; a sequential scheme takes them in rank order."""
+        """The place in the scheme of each worker, by its code or the code inside."""
         if isinstance(self.scheme, OneRound):
             return placement(self.scheme.code, nodes)
+        if isinstance(self.scheme, SequentialCode):
+            return placement(self.scheme.inner, nodes)
         return list(range(self.scheme.num_workers))
 
     @property
