@@ -131,7 +131,7 @@ class CodedTraining:
         """The place in the scheme of each worker, by its code or the code inside."""
         if isinstance(self.scheme, OneRound):
             return placement(self.scheme.code, nodes)
-        if isinstance(self.scheme, SequentialCode):
+        if isinstance(self.scheme, SequentialCode) and self.scheme.inner_stragglers < self.scheme.n:
             return placement(self.scheme.inner, nodes)
         return list(range(self.scheme.num_workers))
 
