@@ -20,7 +20,7 @@ from distopt.cli.machine import machine, versions
 from distopt.coding import FAMILIES, MSGC, SRSGC, STOP_RULES, Cluster, fractional, plan, simulate
 from distopt.plotting import COLOURS, load_matplotlib
 
-SLOPES = (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+SLOPES = (1.0, 10.0, 30.0, 100.0, 250.0, 1000.0)
 PROBE_SEED, JUDGE_SEED = 1, 2
 
 
@@ -86,11 +86,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=480)
+    parser.add_argument("--burst-rounds", type=float, default=1.0, help="mean length of a burst of slowness")
     parser.add_argument("--probe-rounds", type=int, default=120)
     parser.add_argument("--only-speed", action="store_true", help="only time the simulation, and renew that in --json")
     parser.add_argument("--json", type=Path, help="also write the result here, and a plot beside it")
     options = parser.parse_args()
-    cluster = Cluster(workers=options.workers)
+    cluster = Cluster(workers=options.workers, burst_rounds=options.burst_rounds)
     print(f"{options.workers} workers, {options.jobs} jobs, chosen on {options.probe_rounds} rounds")
     results: dict[str, dict[str, Any]] = {}
     for stop in () if options.only_speed else STOP_RULES:

@@ -275,7 +275,7 @@ def plan_coding(
 ) -> None:
     """Simulate coded training on a trace of round times, and say which code is fastest and how to configure it.
 
-    Schemes that are as fast as the fastest to half a percent are listed by simplicity.
+    Of schemes that are as fast as the fastest, to 0.2%, the simplest comes first.
     """
     if out is not None:
         plotting.load_matplotlib()

@@ -33,7 +33,7 @@ from distopt.config import check_count
 from distopt.errors import ConfigError
 
 FAMILIES = ("uncoded", "gradient-coding", "sr-sgc", "m-sgc")
-TIE = 0.005  # candidates within this part of the fastest count as equally fast
+TIE = 0.002  # candidates within this part of the fastest count as equally fast
 
 _COARSE_JOBS = 80  # long enough that a delay of a few rounds does not decide
 _COARSE_BEST, _FINE_BEST = 16, 24  # of each family, that go on to the next step

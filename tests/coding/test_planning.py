@@ -18,9 +18,10 @@ from distopt.coding import (
     plan,
     simulate,
 )
+from distopt.coding.planning import TIE
 from distopt.errors import ConfigError
 
-WORKERS, ROUNDS = 64, 150
+WORKERS, PROBE_ROUNDS, HELD_OUT_ROUNDS = 64, 300, 1200
 
 
 def drawn(seed):
@@ -53,21 +54,31 @@ def all_schemes(n):
                     yield SRSGC(n=n, burst=burst, window=burst * times + 1, stragglers=count)
 
 
+def best_seconds(trace, first_rounds):
+    """Of the best scheme in hindsight; what is far behind in the first rounds is not asked for all of them."""
+    start = trace.first(first_rounds)
+    seconds = [(simulate(scheme, start).seconds, place, scheme) for place, scheme in enumerate(all_schemes(WORKERS))]
+    limit = 1.1 * min(seconds)[0]
+    return min(simulate(scheme, trace).seconds for first, _, scheme in seconds if first <= limit)
+
+
 def regret(seed):
-    """How much slower the planner's choice is than the best scheme in hindsight, and its family."""
+    """How much slower the planner's choice is than the best fixed scheme on a trace it has not seen; its family.
+
+    That trace is long: on a short one with a heavy tail some scheme of hundreds wins by luck, and loses on the next.
+    """
     cluster = drawn(seed)
-    chosen = plan(cluster.trace(ROUNDS, 2 * seed))[0]
-    held_out = cluster.trace(ROUNDS, 2 * seed + 1)
-    best = min(simulate(scheme, held_out).seconds for scheme in all_schemes(WORKERS))
-    return simulate(chosen.scheme, held_out).seconds / best - 1, chosen.family
+    chosen = plan(cluster.trace(PROBE_ROUNDS, 2 * seed))[0]
+    held_out = cluster.trace(HELD_OUT_ROUNDS, 2 * seed + 1)
+    return simulate(chosen.scheme, held_out).seconds / best_seconds(held_out, 150) - 1, chosen.family
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_the_choice_is_at_most_2_percent_slower_than_the_best_on_20_held_out_traces():
     found = [regret(seed) for seed in range(20)]
     assert max(each for each, _ in found) <= 0.02, found
-    assert len({family for _, family in found}) >= 2, found  # the question has different answers
+    assert {"uncoded", "gradient-coding", "m-sgc"} <= {family for _, family in found}, found  # no one answer for all
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +91,7 @@ def test_fastest_first_with_the_best_of_every_family(planned):
     trace, found = planned
     assert {each.family for each in found} == set(FAMILIES)
     seconds = [each.seconds for each in found]
-    assert seconds[0] <= 1.005 * min(seconds)  # as fast as the fastest, and simpler
+    assert seconds[0] <= (1 + TIE) * min(seconds)  # as fast as the fastest, and simpler
     assert sorted(seconds[5:]) == seconds[5:]
     uncoded = next(each for each in found if each.family == "uncoded")
     assert uncoded.ratio == 1

@@ -130,6 +130,28 @@ def test_as_soon_as_decodable_is_never_slower_than_the_paper_for_a_gradient_code
         assert (minimal <= paper).all()
 
 
+def test_the_direction_of_the_published_table_and_where_it_turns_round():
+    """Under the paper's stop rule with bursts of one round; dear work favours little load, cheap work plain codes."""
+
+    def seconds(slope):
+        trace = Cluster(workers=256, seconds_per_load=slope, burst_rounds=1.0).trace(80, 2)
+        schemes = {
+            "uncoded": Uncoded(256),
+            "gc": fractional(256, 3),
+            "sr-sgc": SRSGC(n=256, burst=1, window=3, stragglers=6),
+            "m-sgc": MSGC(n=256, burst=1, window=2, stragglers=256),
+            "gc s=7": fractional(256, 7),
+        }
+        return {name: simulate(scheme, trace, stop="paper").seconds for name, scheme in schemes.items()}
+
+    dear = seconds(150.0)
+    assert dear["m-sgc"] < dear["sr-sgc"] < dear["gc"] < dear["uncoded"]
+    cheap = seconds(1.0)
+    assert cheap["gc s=7"] < cheap["m-sgc"] < cheap["uncoded"]
+    dearest = seconds(1000.0)
+    assert dearest["m-sgc"] < dearest["uncoded"] < dearest["gc"]
+
+
 class Alternating(Scheme):
     """A scheme of a user: all wait for everybody."""
 
