@@ -14,13 +14,14 @@ import torch
 from typer.testing import CliRunner
 
 import mpirun
+import netns
 from distopt.cli.app import app
 from distopt.coding import Trace
 from example_ranks import EXAMPLES, run_ranks
 
 SCRIPT = EXAMPLES / "coded_training.py"
 LAUNCH = EXAMPLES.parent / "launch"
-STEPS = 30
+STEPS = 60  # the dead one is gone long before the report
 DEADLINE_S = 110
 
 
@@ -84,7 +85,7 @@ def test_torchrun_with_a_rotating_sleeper_leaves_a_report_a_plot_and_a_trace(tmp
 @pytest.mark.timeout(120)
 def test_torchrun_survivors_with_a_killed_worker(tmp_path, quiet):
     starter = ["bash", LAUNCH / "torchrun_survivors.sh"]
-    output, found = run(starter, tmp_path, "--stragglers", "dead:10", RANKS="3")
+    output, found = run(starter, tmp_path, "--stragglers", "dead:3", RANKS="3")
     check_equal(found, quiet(3))
     assert "rank 2 was ended by signal 9 (KILL); the others go on without it" in output
     assert "gone: its connection is gone" in of_worker(output, 1)
@@ -105,6 +106,22 @@ def test_mpirun_with_a_rotating_sleeper(tmp_path, quiet):
 @pytest.mark.timeout(120)
 def test_mpirun_starter_with_a_killed_worker(tmp_path, quiet):
     starter = ["bash", LAUNCH / "mpirun.sh"]
-    output, found = run(starter, tmp_path, "--stragglers", "dead:10", RANKS="3", DEADLINE=str(DEADLINE_S))
+    output, found = run(starter, tmp_path, "--stragglers", "dead:3", RANKS="3", DEADLINE=str(DEADLINE_S))
     check_equal(found, quiet(3))
     assert "gone: its connection is gone" in of_worker(output, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@netns.needs_namespaces
+def test_three_hosts_of_which_one_loses_its_rank(tmp_path, quiet):
+    """Each host has an address and a torchrun agent of its own, and the agents end together."""
+    arguments = ["--steps", STEPS, "--save", tmp_path / "model.pt", "--stragglers", "dead:3"]
+    ran = netns.cluster(
+        "once", "3", "1gbit", "--survivors", "--deadline", "200", "--", SCRIPT, *arguments,
+        name=f"{netns.NAME}c", deadline_s=230, env={**os.environ, **netns.REAL, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "rank 2 was ended by signal 9 (KILL); the others go on without it" in ran.stderr
+    assert "gone: its connection is gone" in ran.stdout
+    check_equal(torch.load(tmp_path / "model.pt"), quiet(3))
