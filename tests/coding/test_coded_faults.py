@@ -30,7 +30,7 @@ class Job:
         self.out, self.width, self.steps = out, width, steps
         settings = {
             "out": str(out), "steps": steps, "width": width, "hurt": hurt, "slow": dict(slow), "watch": watch,
-            "wait_at": wait_at, "config": config,
+            "wait_at": wait_at, "config": config, "deadline_s": DEADLINE_S,
         }  # fmt: skip
         common = {
             "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1",
