@@ -36,7 +36,7 @@ from distopt.errors import CompatibilityError, DecodeError, DesyncError, Distopt
 _log = logging.getLogger("distopt")
 
 WINDOW = 2  # rounds that a worker may owe: one it computes, and a newer one to skip to
-_PROBE_S = 1.0  # how often silent workers are probed while a round waits for them
+_PROBE_S = 1.0  # how often silent workers are probed
 _COMPARED_ROUNDS = 16  # late answers to older rounds are not compared with those in time
 
 
@@ -85,6 +85,7 @@ class Master:
         self._job_base = 0
         self._round = -1  # under way, counted over all runs
         self._began = 0.0
+        self._probed = time.monotonic()
         self._starts: dict[int, float] = {}
         self._tasks: list[list[Task]] = []  # of the current round by place in the scheme
         self._published: dict[int, Tensor] = {}  # frames with the parameters of jobs that are not decoded
@@ -182,6 +183,14 @@ class Master:
         self.statistics.begin(self._round, self._began)
         for worker in range(len(self._row_of)):
             self._send_tasks(worker)
+        self._probe([worker for worker, owes in enumerate(self._owes) if len(owes) >= WINDOW])
+
+    def _probe(self, silent: Sequence[int]) -> None:
+        """Finds out, now and then, whether those who are silent are lost: a receive does not always notice."""
+        if time.monotonic() - self._probed > _PROBE_S:
+            self._probed = time.monotonic()
+            for worker in silent:
+                self._transport.probe(worker + 1)
 
     def _publish(self, job: int) -> None:
         flats = self._models[job % len(self._models)].read()
@@ -189,7 +198,7 @@ class Master:
 
     def _wait(self, run: Run) -> None:
         local = self._round - self._round_base
-        first_s, probed = math.inf, self._began
+        first_s = math.inf
         while True:
             elapsed = time.monotonic() - self._began
             if self._may_stop(run, local, elapsed, first_s):
@@ -205,10 +214,7 @@ class Master:
             answered = self._receive(max(1e-4, min(wait for wait in waits if wait > 0)) if max(waits) > 0 else 0.0)
             if answered == self._round and first_s == math.inf:
                 first_s = time.monotonic() - self._began
-            if time.monotonic() - probed > _PROBE_S:
-                probed = time.monotonic()
-                for worker in silent:
-                    self._transport.probe(worker + 1)
+            self._probe(silent)
 
     def _may_stop(self, run: Run, local: int, elapsed: float, first_s: float) -> bool:
         if not self._rule.ends(run, local, elapsed, first_s):

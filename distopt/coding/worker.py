@@ -48,6 +48,7 @@ class Worker:
         self._next_round = 0  # the first one after the loop under way
         self._done = 0  # rounds that the master is done with
         self._ended: str | None = None  # why, or "" if all went well
+        self._has_left = False
         self.rounds = 0
         self.skipped = 0
         self.refused = 0
@@ -90,7 +91,7 @@ class Worker:
                 self._unchecked = False
             found = self._computation.answer(tasks, self._parameters, loss, self._is_superseded)
         except Exception as error:
-            self._send(text_message(Kind.FAILED, round, self._transport.rank, f"{type(error).__name__}: {error}"))
+            self.end(f"{type(error).__name__}: {error}")
             raise
         if found is None:
             self.skipped += 1
@@ -101,6 +102,13 @@ class Worker:
         self._send(answers.to_message(Kind.ANSWER, round, self._transport.rank, found))
         if self._order is not None and self._order[0] == round:
             self._order = None
+
+    def end(self, reason: str = "") -> None:
+        """Tells the master that this worker answers no more; with a reason if it is an error."""
+        if not self._has_left and self._ended is None:
+            text = reason[:10_000] or "it has left"
+            self._send(text_message(Kind.FAILED, self._next_round, self._transport.rank, text))
+        self._has_left = True
 
     @property
     def position(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """A rank of a coded training in a process of its own, which a test may hurt: `python -c "..." SETTINGS_AS_JSON`."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -82,6 +83,7 @@ class Hurt:
 
 def main():
     settings = json.loads(sys.argv[1])
+    faulthandler.dump_traceback_later(settings["deadline_s"] - 5)
     out, rank = Path(settings["out"]), int(os.environ["RANK"])
     attachment._CLOSE_S = sharded._GOODBYE_S = FAR_S
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from example_ranks import free_port
 
 DEADLINE_S = 90
 RANK = "from coded_rank import main; main()"
-WIDE = 16_000  # parameters of 1 MB, which fill a connection's buffers in a few steps
+WIDE = 10_000  # parameters of 640 kB, which fill a connection's buffers in a few steps
 HUGE = 300_000  # of 19 MB, which do not fit into them at once
 
 
@@ -30,7 +30,7 @@ class Job:
         self.out, self.width, self.steps = out, width, steps
         settings = {
             "out": str(out), "steps": steps, "width": width, "hurt": hurt, "slow": dict(slow), "watch": watch,
-            "wait_at": wait_at, "config": config,
+            "wait_at": wait_at, "config": config, "deadline_s": DEADLINE_S,
         }  # fmt: skip
         common = {
             "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1",
@@ -104,9 +104,9 @@ def job(warm_python, tmp_path):
 
 
 def test_a_killed_worker_is_not_waited_for_and_a_frozen_one_is_used_again(job):
-    """Workers 0, 2 and 4 stand in for each other: from step 40 on 0 is dead, 4 is slow and 2 is back."""
-    steps, hurt = 60, {"1": ("computing", 4), "3": ("frozen", 5)}
-    with job(7, steps, hurt=hurt, width=WIDE, slow={"5": 40}, wait_at=40, stragglers=2) as ranks:
+    """Workers 0, 2 and 4 stand in for each other: from step 35 on 0 is dead, 4 is slow and 2 is back."""
+    steps, hurt = 50, {"1": ("computing", 4), "3": ("frozen", 5)}
+    with job(7, steps, hurt=hurt, width=WIDE, slow={"5": 35}, wait_at=35, stragglers=2) as ranks:
         ranks.until_frozen(3)
         ranks.until_waiting()
         ranks.wake(3)
@@ -150,8 +150,8 @@ def test_workers_end_when_the_master_is_killed_while_its_parameters_are_on_their
 
 
 def test_sharded_a_killed_rank_is_not_waited_for_and_a_frozen_one_catches_up(job):
-    steps, hurt = 60, {"0": ("computing", 4), "2": ("frozen", 5)}
-    with job(6, steps, hurt=hurt, width=WIDE, watch=5, wait_at=40, stragglers=2, master="sharded") as ranks:
+    steps, hurt = 50, {"0": ("computing", 4), "2": ("frozen", 5)}
+    with job(6, steps, hurt=hurt, width=WIDE, watch=5, wait_at=35, stragglers=2, master="sharded") as ranks:
         ranks.until_frozen(2)
         ranks.until_waiting()
         ranks.wake(2)
