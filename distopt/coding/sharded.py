@@ -168,7 +168,7 @@ class Sharded:
         if self._unchecked:
             rules.check(self._computation, task, loss)
             self._unchecked = False
-        found = self._computation.answer([task], {}, loss, lambda: self._is_complete(step))
+        found = self._computation.answer([task], None, loss, lambda: self._is_complete(step))
         if found is None:
             return
         (result,) = found.results

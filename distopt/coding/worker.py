@@ -45,6 +45,7 @@ class Worker:
         self._unchecked = checks_rules
         self._parameters: dict[int, list[Tensor]] = {}
         self._order: tuple[int, list[Task]] | None = None  # the newest round and its tasks, not answered yet
+        self._next_job = 0
         self._next_round = 0  # the first one after the loop under way
         self._done = 0  # rounds that the master is done with
         self._ended: str | None = None  # why, or "" if all went well
@@ -68,6 +69,7 @@ class Worker:
                     "coded.backward(loss) once in each step"
                 )
         self._next_round = end
+        self._next_job += num_rounds - self._delay
 
     def backward(self, loss: PartLoss) -> None:
         """Computes the newest tasks and sends the answer, or drops it if there are newer ones.
@@ -94,7 +96,8 @@ class Worker:
             raise
         if found is None:
             self.skipped += 1
-            self._send(Message(Kind.SKIPPED, round, self._transport.rank))
+            if self._done <= round:  # else the master has heard that the loop is over, which says as much
+                self._send(Message(Kind.SKIPPED, round, self._transport.rank))
             return
         self.rounds += 1
         self.compute_s += found.compute_s
@@ -104,11 +107,12 @@ class Worker:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The next job and round, as far as a worker of a scheme without delay knows."""
-        return self._next_round, self._next_round
+        """The next job and round; inside a loop those that it began with."""
+        return self._next_job, self._next_round
 
     def start_at(self, job: int, round: int) -> None:
         """Goes on with this round, before the first step."""
+        self._next_job = job
         self._next_round = self._done = round
 
     def _await_news(self, end: int) -> None:
@@ -165,7 +169,8 @@ class Worker:
             if missing := {task.job for task in tasks} - set(self._parameters):
                 raise DecodeError(f"tasks of round {told.round} need the parameters of jobs {sorted(missing)}")
             self._order = (told.round, tasks)
-            for job in [job for job in self._parameters if job < told.round - self._delay]:
+            # By job, not by round: with a delay T rounds run ahead of jobs by T more with every loop.
+            for job in [job for job in self._parameters if job < max(self._parameters) - self._delay]:
                 del self._parameters[job]
         elif told.kind == Kind.DONE:
             _check_specs(told, [spec for flat in models for spec in flat.specs])

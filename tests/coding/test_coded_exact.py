@@ -79,6 +79,7 @@ def test_several_loops_and_a_resume_go_on_where_the_last_one_stopped():
     ranks = train(5, 4, before=rotating, loops=3)
     equal(ranks, uncoded([build()], 12))
     assert ranks[0].state["step"] == 12
+    assert ranks[0].stats["refused_messages"] == 0  # workers still say that a loop is over when the next one begins
     first = train(5, 5)
     assert first[0].state["step"] == 5
     second = train(5, 4, models=first[0].models, state=first[0].state)
@@ -121,6 +122,21 @@ def test_sequential_codes_train_models_in_turns_or_one_with_old_gradients(scheme
     equal(ranks, uncoded(models, steps, delay=scheme.delay))
     assert ranks[0].losses[: scheme.delay] == [None] * scheme.delay
     assert ranks[0].stats["rounds"] == steps + scheme.delay
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_several_loops_of_a_sequential_code_go_on_where_the_last_one_stopped(interleaved):
+    """Each loop has T more rounds than jobs, so that the numbers of rounds and jobs part more and more."""
+    scheme = MSGC(n=4, burst=1, window=3, stragglers=1)
+    models = [build(seed) for seed in range(scheme.delay + 1 if interleaved else 1)]
+    ranks = train(5, 3, models=models, scheme=scheme, loops=5, check_rules=False, deadline_s=5.0)
+    if interleaved:
+        equal(ranks, uncoded(models, 15))
+    for rank in ranks:
+        assert torch.equal(parameters(rank.models[0]), parameters(ranks[0].models[0]))
+        assert rank.state == ranks[0].state
+    assert (ranks[0].state["step"], ranks[0].state["round"]) == (15, 15 + 5 * scheme.delay)
+    assert ranks[0].stats["refused_messages"] == 0
 
 
 def test_a_scheme_may_come_from_a_configuration():
