@@ -118,6 +118,8 @@ class Master:
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """The rounds of the next `num_steps` gradients."""
+        if self._run is not None:
+            self._forget_loop()
         self._run = run = self._scheme.begin(num_steps)
         self._round_base = self._round + 1
         self._done = None
@@ -263,6 +265,13 @@ class Master:
         self._published.pop(job, None)
         self.statistics.decoded(float(np.linalg.norm(coefficients)))
         return loss / count
+
+    def _forget_loop(self) -> None:
+        """A loop was left by `break`: jobs that were not decoded begin anew, with the parameters as they are now."""
+        self._job_base, _ = self.position
+        self._published.clear()
+        self._answers.clear()
+        self._has = [set() for _ in self._has]
 
     def _finish_loop(self) -> None:
         """Every worker gets the parameters as they are now, so that all ranks end the loop with one model."""
