@@ -194,9 +194,7 @@ class Sharded:
         """The slices of the step's gradient, in order."""
         probed = began
         with self._condition:
-            while not self._is_complete(step):
-                if self._failure is not None:
-                    raise self._failure
+            while not self._is_complete(step) and self._failure is None:
                 waited = time.monotonic() - began
                 gone = self.gone
                 rest = set(range(self._code.num_workers)) - {self._row_of[rank] for rank in gone}
@@ -207,6 +205,8 @@ class Sharded:
                     probed = time.monotonic()
                     for rank in range(self._transport.size):
                         self._transport.probe(rank)
+            if self._failure is not None:  # also where the gradient is there: parameters drift apart
+                raise self._failure
             found = self._decoded.pop(step)
             return [found[i] for i in range(len(self._code.groups))]
 
@@ -315,7 +315,7 @@ class Sharded:
         row = self._row_of[said.sender]
         group = next(i for i, members in enumerate(self._code.groups) if row in members)
         first, fingerprint = self._seen[said.round].setdefault(group, (said.sender, said.numbers[3:]))
-        if fingerprint != said.numbers[3:]:
+        if not np.array_equal(fingerprint, said.numbers[3:], equal_nan=True):  # NaN in both is no difference
             self.statistics.disagreements += 1
             raise DesyncError(
                 f"ranks {first} and {said.sender} sent different gradients of the same parts in step {said.round}, so "

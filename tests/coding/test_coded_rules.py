@@ -113,6 +113,18 @@ def test_replicas_that_differ_are_found(code, replicas):
         assert (stats[0]["disagreements"] > 0) == (replicas == "warn")
 
 
+@pytest.mark.parametrize("master", ["first", "sharded"])
+def test_a_gradient_that_is_not_finite_is_that_of_the_batch(master):
+    """Uncoded training would get NaN too; nobody's replica is wrong."""
+
+    def overflowing(model, part):
+        return sum_loss(model, part.samples) * (float("nan") if part.step == 2 and part.index == 0 else 1.0)
+
+    ranks = train(5 if master == "first" else 4, STEPS, loss=overflowing, master=master)
+    assert [loss == loss for loss in ranks[0].losses] == [True, True, False, False]
+    assert parameters(ranks[0].models[0]).isnan().all()
+
+
 def test_decoders_that_differ_are_found():
     def wrong(rank, step):
         if rank.end.rank == 2 and step == 2:
