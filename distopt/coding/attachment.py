@@ -277,8 +277,7 @@ class CodedTraining:
         if not self._attached:
             return
         self._attached = False
-        if not isinstance(self._role, Worker):
-            self._role.end(reason)
+        self._role.end(reason)
         self._transport.close(_CLOSE_S)
 
     def _history(self, what: str) -> list[reports.Arrivals]:

@@ -25,7 +25,7 @@ from distopt.coding.code import Code
 from distopt.coding.combine import combine
 from distopt.coding.flat import FlatModel
 from distopt.coding.one_round import OneRound
-from distopt.coding.orders import Kind, tasks_message, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, tasks_message, text_of
 from distopt.coding.parity import disagreement
 from distopt.coding.scheme import Run, Scheme, Task
 from distopt.coding.statistics import Statistics
@@ -169,7 +169,7 @@ class Master:
         for worker, told in enumerate(self._told_done):
             if not told and self._done is not None:
                 self._send(worker, self._done)
-        frame = message.encode(text_message(Kind.END, self._round + 1, 0, reason[:10_000]))
+        frame = message.encode(reason_message(Kind.END, self._round + 1, 0, reason))
         for worker in range(len(self._row_of)):
             self._send(worker, frame)
 

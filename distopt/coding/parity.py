@@ -83,7 +83,7 @@ def disagreement(
         )
     check_number("tolerance", tolerance, rule="in (0, 1]", remedy="use 1e-4", low=0.0, high=1.0)
     arrived = list(arrived)
-    finite = np.isfinite(fingerprints).all(axis=1)
+    finite: NDArray[np.bool_] = np.isfinite(np.abs(fingerprints).sum(axis=1))
     if not finite.all():
         if wrong := _wrongly_infinite(code, arrived, finite):
             return Disagreement(tuple((worker,) for worker in wrong), float("inf"))

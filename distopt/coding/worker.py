@@ -13,7 +13,7 @@ from torch import Tensor
 from distopt.coding import answer as answers
 from distopt.coding import rules
 from distopt.coding.computing import Computation, PartLoss
-from distopt.coding.orders import Kind, tasks_of, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, tasks_of, text_of
 from distopt.coding.scheme import Task
 from distopt.comm import Message, TensorSpec, Transport, message
 from distopt.errors import CompatibilityError, DecodeError, DistoptError, PeerLostError
@@ -49,6 +49,7 @@ class Worker:
         self._next_round = 0  # the first one after the loop under way
         self._done = 0  # rounds that the master is done with
         self._ended: str | None = None  # why, or "" if all went well
+        self._has_left = False
         self.rounds = 0
         self.skipped = 0
         self.refused = 0
@@ -92,7 +93,7 @@ class Worker:
                 self._unchecked = False
             found = self._computation.answer(tasks, self._parameters, loss, self._is_superseded)
         except Exception as error:
-            self._send(text_message(Kind.FAILED, round, self._transport.rank, f"{type(error).__name__}: {error}"))
+            self.end(f"{type(error).__name__}: {error}")
             raise
         if found is None:
             self.skipped += 1
@@ -104,6 +105,13 @@ class Worker:
         self._send(answers.to_message(Kind.ANSWER, round, self._transport.rank, found))
         if self._order is not None and self._order[0] == round:
             self._order = None
+
+    def end(self, reason: str = "") -> None:
+        """Tells the master not to count on this worker any more."""
+        if not self._has_left and self._ended is None:
+            self._has_left = True
+            left = reason or "it has left the training"
+            self._send(reason_message(Kind.FAILED, self._next_round, self._transport.rank, left))
 
     @property
     def position(self) -> tuple[int, int]:

@@ -6,7 +6,20 @@ import time
 
 import pytest
 import torch
-from coded_job import INPUTS, TARGETS, apply, build, by_samples, finish, parameters, sgd, start, sum_loss, train, uncoded
+from coded_job import (
+    INPUTS,
+    TARGETS,
+    apply,
+    build,
+    by_samples,
+    finish,
+    parameters,
+    sgd,
+    start,
+    sum_loss,
+    train,
+    uncoded,
+)
 from torch import nn
 
 import distopt

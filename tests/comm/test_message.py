@@ -15,6 +15,7 @@ TENSORS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(TENSORS, st.lists(st.floats(allow_nan=False), max_size=6), st.integers(0, 65535), st.integers(-1, 2**40))
 def test_what_is_decoded_is_what_was_encoded(tensors, numbers, kind, round_):
     frame = message.encode(Message(kind, round_, 3, tuple(tensors), tuple(numbers)))
