@@ -233,7 +233,9 @@ class CodedTraining:
         reports.plot_arrivals(self._history("plot_arrivals"), path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training is; the same on every rank. Model and optimizer are the user's to save, on rank 0.
+        """Where the training is; between two loops the same on every rank, inside one what rank 0 says counts.
+
+        Model and optimizer are the user's to save, on rank 0.
 
         Raises:
             CompatibilityError: Inside a loop over `steps` with a sequential scheme, whose jobs are under way.

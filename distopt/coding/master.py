@@ -25,7 +25,7 @@ from distopt.coding.code import Code
 from distopt.coding.combine import combine
 from distopt.coding.flat import FlatModel
 from distopt.coding.one_round import OneRound
-from distopt.coding.orders import Kind, tasks_message, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, tasks_message, text_of
 from distopt.coding.parity import disagreement
 from distopt.coding.scheme import Run, Scheme, Task
 from distopt.coding.statistics import Statistics
@@ -94,6 +94,7 @@ class Master:
         self._newest_sent = [-1 for _ in rows]  # the newest round whose tasks each worker was sent
         self._done: Tensor | None = None  # the frame that says that the loop is over
         self._told_done: list[bool] = [True for _ in rows]
+        self._unseen: list[int] = [0 for _ in rows]  # how many ends of loops each worker was told and has not seen yet
         self._answers: dict[tuple[int, int], Answer] = {}  # by round and worker
         self._fingerprints: dict[int, dict[int, tuple[float, ...]]] = {}  # by round and row
         self._failed: dict[int, str] = {}
@@ -118,6 +119,8 @@ class Master:
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """The rounds of the next `num_steps` gradients."""
+        if self._run is not None:
+            self._forget_loop()
         self._run = run = self._scheme.begin(num_steps)
         self._round_base = self._round + 1
         self._done = None
@@ -167,7 +170,7 @@ class Master:
         for worker, told in enumerate(self._told_done):
             if not told and self._done is not None:
                 self._send(worker, self._done)
-        frame = message.encode(text_message(Kind.END, self._round + 1, 0, reason[:10_000]))
+        frame = message.encode(reason_message(Kind.END, self._round + 1, 0, reason))
         for worker in range(len(self._row_of)):
             self._send(worker, frame)
 
@@ -269,6 +272,13 @@ class Master:
         self.statistics.decoded(float(np.linalg.norm(coefficients)))
         return loss / count
 
+    def _forget_loop(self) -> None:
+        """A loop was left by `break`: jobs that were not decoded begin anew, with the parameters as they are now."""
+        self._job_base, _ = self.position
+        self._published.clear()
+        self._answers.clear()
+        self._has = [set() for _ in self._has]
+
     def _finish_loop(self) -> None:
         """Every worker gets the parameters as they are now, so that all ranks end the loop with one model."""
         flats = [flat for model in self._models for flat in model.read()]
@@ -285,15 +295,18 @@ class Master:
     def _send_next(self, worker: int) -> None:
         if self._done is None:
             self._send_tasks(worker)
-        elif not self._told_done[worker] and len(self._owes[worker]) < WINDOW:
+        elif not self._told_done[worker] and self._num_owed(worker) < WINDOW:
             self._told_done[worker] = True
-            self._owes[worker][self._round + 1] = 0
+            self._unseen[worker] += 1
             self._send(worker, self._done)
+
+    def _num_owed(self, worker: int) -> int:
+        return len(self._owes[worker]) + self._unseen[worker]
 
     def _send_tasks(self, worker: int) -> None:
         tasks = self._tasks[self._row_of[worker]] if self._tasks else []
-        owes = self._owes[worker]
-        if not tasks or self._newest_sent[worker] == self._round or len(owes) >= WINDOW or worker in self._failed:
+        is_busy = self._num_owed(worker) >= WINDOW
+        if not tasks or self._newest_sent[worker] == self._round or is_busy or worker in self._failed:
             return
         self._newest_sent[worker] = self._round
         has = self._has[worker]
@@ -302,7 +315,7 @@ class Master:
         for job in sorted({task.job for task in own} - has):
             self._send(worker, self._published[job])
             has.add(job)
-        owes[self._round] = len(own)
+        self._owes[worker][self._round] = len(own)
         self._send(worker, message.encode(tasks_message(self._round, 0, own)))
 
     def _send(self, worker: int, frame: Tensor) -> None:
@@ -331,15 +344,13 @@ class Master:
         if said.kind == Kind.FAILED:
             self._failed[worker] = str(text_of(said))
             return None
-        num_tasks = self._owes[worker].get(said.round)
-        if said.kind == Kind.SEEN and num_tasks == 0:
-            self._settle(worker, said.round)
+        if said.kind == Kind.SEEN and self._unseen[worker]:
+            self._unseen[worker] -= 1
+            self._skip(worker, said.round - 1)  # of the loop that is over
             return None
+        num_tasks = self._owes[worker].get(said.round)
         if said.kind == Kind.SKIPPED and num_tasks:
-            self._settle(worker, said.round)
-            if said.round in self._starts:
-                self.statistics.arrived(said.round, worker, time.monotonic() - self._starts[said.round])
-            self._send_next(worker)
+            self._skip(worker, said.round)
             return None
         if said.kind != Kind.ANSWER or not num_tasks:
             raise DecodeError(
@@ -352,6 +363,14 @@ class Master:
         self._take(worker, said.round, found)
         self._send_next(worker)
         return said.round
+
+    def _skip(self, worker: int, last: int) -> None:
+        """The worker does not answer what it owes up to this round."""
+        newest = max((round for round in self._owes[worker] if round <= last), default=-1)
+        if newest in self._starts:
+            self.statistics.arrived(newest, worker, time.monotonic() - self._starts[newest])
+        self._settle(worker, last)
+        self._send_next(worker)
 
     def _settle(self, worker: int, round: int) -> None:
         """A worker answers the newest round only: those before are skipped."""

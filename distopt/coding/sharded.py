@@ -29,7 +29,7 @@ from distopt.coding import rules
 from distopt.coding.answer import NUM_PROJECTIONS
 from distopt.coding.combine import combine
 from distopt.coding.computing import Computation, PartLoss, projections
-from distopt.coding.orders import Kind, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, text_of
 from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Task
 from distopt.coding.statistics import Statistics
@@ -155,7 +155,7 @@ class Sharded:
 
     def end(self, reason: str = "") -> None:
         """Says goodbye, and serves the others until they do too, or are gone."""
-        frame = message.encode(text_message(Kind.END, self._round, self._transport.rank, reason[:10_000]))
+        frame = message.encode(reason_message(Kind.END, self._round, self._transport.rank, reason))
         for rank in range(self._transport.size):
             if rank != self._transport.rank:
                 self._post(rank, frame)
@@ -174,7 +174,7 @@ class Sharded:
         if self._unchecked:
             rules.check(self._computation, task, loss)
             self._unchecked = False
-        found = self._computation.answer([task], {}, loss, lambda: self._is_complete(step))
+        found = self._computation.answer([task], None, loss, lambda: self._is_complete(step))
         if found is None:
             return
         (result,) = found.results
@@ -200,9 +200,7 @@ class Sharded:
         """The slices of the step's gradient, in order."""
         probed = began
         with self._condition:
-            while not self._is_complete(step):
-                if self._failure is not None:
-                    raise self._failure
+            while not self._is_complete(step) and self._failure is None:
                 waited = time.monotonic() - began
                 if waited > self._deadline_s or not self._decodable_without(self._absent(step)):
                     raise self._too_few(step, waited)
@@ -211,6 +209,8 @@ class Sharded:
                     probed = time.monotonic()
                     for rank in range(self._transport.size):
                         self._transport.probe(rank)
+            if self._failure is not None:  # also where the gradient is there: parameters drift apart
+                raise self._failure
             found = self._decoded.pop(step)
             return [found[i] for i in range(len(self._code.groups))]
 
@@ -326,7 +326,7 @@ class Sharded:
         row = self._row_of[said.sender]
         group = next(i for i, members in enumerate(self._code.groups) if row in members)
         first, fingerprint = self._seen[said.round].setdefault(group, (said.sender, said.numbers[3:]))
-        if fingerprint != said.numbers[3:]:
+        if not np.array_equal(fingerprint, said.numbers[3:], equal_nan=True):  # NaN in both is no difference
             self.statistics.disagreements += 1
             raise DesyncError(
                 f"ranks {first} and {said.sender} sent different gradients of the same parts in step {said.round}, so "

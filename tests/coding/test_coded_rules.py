@@ -1,6 +1,7 @@
 """What a model and its loss must keep to is checked, and the error says what to change."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_replicas_that_differ_are_found(code, replicas):
     else:
         assert not errors
         assert (stats[0]["disagreements"] > 0) == (replicas == "warn")
+
+
+@pytest.mark.parametrize("master", ["first", "sharded"])
+def test_a_gradient_that_is_not_finite_is_that_of_the_batch(master):
+    """Uncoded training would get NaN too; nobody's replica is wrong."""
+
+    def overflowing(model, part):
+        return sum_loss(model, part.samples) * (float("nan") if part.step == 2 and part.index == 0 else 1.0)
+
+    ranks = train(5 if master == "first" else 4, STEPS, loss=overflowing, master=master)
+    assert [loss == loss for loss in ranks[0].losses] == [True, True, False, False]
+    assert parameters(ranks[0].models[0]).isnan().all()
 
 
 def test_decoders_that_differ_are_found():
@@ -228,6 +241,7 @@ def test_a_rank_that_never_says_hello_is_named():
     def work(end):
         model = build()
         try:
+            time.sleep(0.1 * (end.rank == 0))  # so rank 1 is the first to lose patience
             GradientCoding(deadline_s=0.3).attach(model, sgd(model), transport=end)
         except Exception as error:
             errors[end.rank] = str(error)
@@ -237,7 +251,7 @@ def test_a_rank_that_never_says_hello_is_named():
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert "ranks 2 did not say hello within 0.3 s" in errors[0]
+    assert all("ranks 2 did not say hello within 0.3 s" in errors[rank] for rank in (0, 1))
 
 
 def test_backward_belongs_into_a_step():
