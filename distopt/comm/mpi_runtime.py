@@ -1,21 +1,21 @@
 """How MPI starts in this process, and how it ends in a job that has lost ranks.
 
-`MPI_Finalize` waits for every rank that MPI believes alive. `mpirun --with-ft ulfm` tells MPI of ranks that a signal
-ended, but with Open MPI 5.0 not of one that ended with an error status and without a word (`os._exit(1)`): the others
-then wait for ever. `--enable-recovery` alone tells of none. So the kernel is asked who has ended, and where MPI does
-not know of it, it is left unfinalized, which mpirun takes for a normal end under either option.
+`MPI_Finalize` waits for every rank that MPI believes alive, and in a job that has lost one it may wait for ever: under
+`mpirun --enable-recovery` MPI is told of no death; under `--with-ft ulfm`, with Open MPI 5.0, not of a rank that ended
+with an error status and without a word (`os._exit(1)`), and after a death in the middle of a message it hung in 2 of 16
+runs although it had been told. So a rank that knows of a death, from MPI or from the kernel, leaves MPI unfinalized,
+which mpirun takes for a normal end under either option.
 
 mpi4py decides when it is imported whether it will finalize MPI, so distopt must import it first to do that itself.
 
-Limits: where the script has imported `mpi4py.MPI` before, that hang remains, and a warning says so. A rank that ends so
-while others are in `MPI_Finalize` already keeps them there.
+Limits: where the script has imported `mpi4py.MPI` before, that hang remains, and a warning says so. A rank that dies
+while others are in `MPI_Finalize` already may keep them there.
 """
 
 import atexit
 import logging
 import os
 import sys
-import time
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +23,6 @@ from distopt.comm.neighbours import Neighbours
 from distopt.errors import CompatibilityError
 
 _log = logging.getLogger("distopt")
-
-_PATIENCE_S = 1.0  # how long MPI may take to learn of a death that the kernel knows
-_POLL_S = 0.01
 
 
 def load_mpi() -> ModuleType:
@@ -72,8 +69,7 @@ class Deaths:
         own = bytearray(Neighbours.own_card())
         cards = bytearray(len(own) * comm.Get_size())
         comm.Allgather(own, cards)
-        self._rank = comm.Get_rank()
-        others = set(range(comm.Get_size())) - {self._rank}
+        others = set(range(comm.Get_size())) - {comm.Get_rank()}
         self._neighbours = Neighbours({r: bytes(cards[r * len(own) : (r + 1) * len(own)]) for r in others})
         self._told: frozenset[int] = frozenset()
         _every.append(self)
@@ -95,17 +91,9 @@ class Deaths:
             return self._told
         return self._told
 
-    def unknown_to_mpi(self) -> frozenset[int]:
-        """Ranks that the kernel says have ended and MPI believes alive, after giving it some time."""
-        end = time.monotonic() + _PATIENCE_S
-        while (unknown := self.ended() - self._told) and time.monotonic() < end:
-            time.sleep(_POLL_S)
-            self.acknowledge()
-        return unknown
-
-    def has_senior(self, gone: frozenset[int]) -> bool:
-        """Whether a lower rank is left, which then speaks for all."""
-        return not gone.issuperset(range(self._rank))
+    def all(self) -> frozenset[int]:
+        """Ranks that are dead by either account."""
+        return self.ended() | self.acknowledge()
 
 
 _every: list[Deaths] = []
@@ -119,17 +107,15 @@ def _end() -> None:
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return
     ours = os.getpid() in _ends  # a fork is no rank
-    for deaths in _every:
-        if unknown := deaths.unknown_to_mpi():
-            names = ", ".join(map(str, sorted(unknown)))
-            if not ours:
-                _log.warning(
-                    "the end may hang, because MPI_Finalize waits for ranks that have ended: %s; let distopt import "
-                    "mpi4py: call distopt.comm.load_mpi() before the first import of mpi4py.MPI",
-                    names,
-                )
-            elif not deaths.has_senior(unknown):
-                _log.warning("MPI is not finalized, because it would wait for ranks that have ended: %s", names)
-            return
-    if ours:
-        mpi.Finalize()
+    dead = frozenset[int]().union(*(deaths.all() for deaths in _every))
+    if not dead:
+        if ours:
+            mpi.Finalize()
+    elif ours:
+        _log.info("MPI is not finalized, because ranks have ended: %s", ", ".join(map(str, sorted(dead))))
+    else:
+        _log.warning(
+            "the end may hang in MPI_Finalize, because ranks have ended: %s; let distopt import mpi4py: call "
+            "distopt.comm.load_mpi() before the first import of mpi4py.MPI",
+            ", ".join(map(str, sorted(dead))),
+        )
