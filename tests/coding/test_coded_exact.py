@@ -109,19 +109,21 @@ def test_several_loops_and_a_resume_go_on_where_the_last_one_stopped():
     equal(second, [parameters(model)])
 
 
+SCHEMES = [
+    SRSGC(n=5, burst=1, window=2, stragglers=2),
+    SRSGC(n=6, burst=2, window=3, stragglers=2),
+    MSGC(n=4, burst=1, window=2, stragglers=1),
+    MSGC(n=4, burst=1, window=3, stragglers=2),
+    MSGC(n=4, burst=2, window=3, stragglers=4),
+]
+
+
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        SRSGC(n=5, burst=1, window=2, stragglers=2),
-        SRSGC(n=6, burst=2, window=3, stragglers=2),
-        MSGC(n=4, burst=1, window=2, stragglers=1),
-        MSGC(n=4, burst=1, window=3, stragglers=2),
-        MSGC(n=4, burst=2, window=3, stragglers=4),
-    ],
-    ids=repr,
+    ("scheme", "stop", "interleaved"),
+    [(scheme, "decodable", interleaved) for scheme in SCHEMES for interleaved in (True, False)]
+    + [(SCHEMES[index], stop, False) for index in (1, 3) for stop in ("minimal", "paper")],
+    ids=str,
 )
-@pytest.mark.parametrize("stop", ["decodable", "minimal", "paper"])
-@pytest.mark.parametrize("interleaved", [True, False])
 def test_sequential_codes_train_models_in_turns_or_one_with_old_gradients(scheme, stop, interleaved):
     models = [build(seed) for seed in range(scheme.delay + 1 if interleaved else 1)]
     chance = random.Random(5)
