@@ -322,6 +322,8 @@ def _facts(algorithm: "GradientCoding", flats: Sequence[FlatModel], batches: Bat
         "configuration": _jsonable(algorithm.to_dict()),
         "parameters": [flat.describe() for flat in flats],
         "buffers and frozen parameters": [flat.fixed_values() for flat in flats],
+        # One master sends them; ranks that all decode start from their own.
+        "trained parameters": [flat.trained_values() for flat in flats] if algorithm.master == "sharded" else None,
         "batches (samples, batch size, seed)": batches.describe() if batches is not None else None,
     }
 

@@ -69,6 +69,18 @@ def test_batch_norm(training):
     assert "model.1.eval()" in str(worker)
 
 
+def test_buffers_that_the_loss_changes():
+    """Running statistics of a layer that is no BatchNorm; rank 0 never computes, and would keep those of the start."""
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), norm, nn.Flatten(), nn.Linear(6, 1)).double()
+    _, worker = failing(models=[model])
+    assert isinstance(worker, CompatibilityError)
+    assert "it changed 1.running_mean, 1.running_var" in str(worker)
+    model.eval()
+    assert all(rank.error is None for rank in finish(start(5, STEPS, models=[model])))
+
+
 def test_unchecked_on_demand():
     def mean(model, part):
         return sum_loss(model, part.samples) / 7
@@ -203,6 +215,34 @@ def test_no_job():
 def test_a_job_of_one():
     with pytest.raises(CompatibilityError, match="start at least 3 ranks"):
         GradientCoding().attach(build(), sgd(build()), transport=InProcess.connect(1)[0])
+
+
+def test_parameters_that_messages_do_not_carry():
+    model = nn.ParameterList([torch.ones(3, dtype=torch.complex64)])
+    errors = attach(model, sgd(model))
+    assert set(errors) == {0, 1, 2}
+    assert isinstance(errors[1], CompatibilityError)
+    assert "got torch.complex64 of 0" in str(errors[0])
+
+
+def test_ranks_of_a_sharded_training_begin_with_equal_parameters():
+    """Ranks 0 and 1 take the same parts, and so do 2 and 3: in pairs nobody differs."""
+    ends, errors = InProcess.connect(4), {}
+
+    def work(end):
+        model = build(seed=end.rank // 2)
+        try:
+            GradientCoding(master="sharded", deadline_s=5.0).attach(model, sgd(model), transport=end)
+        except Exception as error:
+            errors[end.rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(errors) == {0, 1, 2, 3}
+    assert all("must have the same trained parameters" in text for text in errors.values())
 
 
 @pytest.mark.parametrize("what", ["seed", "model", "buffers", "batches"])
