@@ -309,9 +309,10 @@ def _check(
                 "very model"
             )
         coarse = [spec.dtype for spec in flat.specs if spec.dtype.itemsize < 4]
-        if coarse and algorithm.code in ("cyclic", "cyclic_mds"):
+        code = scheme.code.name if isinstance(scheme, OneRound) else getattr(scheme, "code", "")
+        if coarse and code in ("cyclic", "cyclic_mds"):
             raise CompatibilityError(
-                f"code {algorithm.code!r} needs parameters of at least 32 bits, got {coarse[0]}: its coefficients "
+                f"code {code!r} needs parameters of at least 32 bits, got {coarse[0]}: its coefficients "
                 "amplify rounding errors; use code='auto'"
             )
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt.coding import Batches, GradientCoding
+from distopt.coding import SRSGC, Batches, GradientCoding
 from distopt.comm import InProcess
 from distopt.errors import CompatibilityError, ConfigError, DecodeError, DesyncError, StateMismatchError
 
@@ -192,6 +192,8 @@ def test_a_number_of_models_that_the_scheme_does_not_train():
 def test_16_bit_parameters_with_a_code_that_amplifies():
     model = build(dtype=torch.bfloat16)
     assert "at least 32 bits, got torch.bfloat16" in str(attach(model, sgd(model), code="cyclic")[0])
+    scheme = SRSGC(n=2, burst=1, window=2, stragglers=1, code="cyclic")
+    assert "at least 32 bits, got torch.bfloat16" in str(attach(model, sgd(model), scheme=scheme)[0])
 
 
 def test_a_ddp_model(ranks):
@@ -332,6 +334,9 @@ def test_the_state_of_something_else():
         ({"options": 3}, "options must be a mapping"),
         ({"scheme": 3}, "scheme must be a sequential code"),
         ({"master": "sharded", "code": "cyclic"}, "takes the fractional code only"),
+        ({"master": "sharded", "stop": "paper"}, "stop must be left out, got 'paper': master='sharded'"),
+        ({"master": "sharded", "replicas": "warn"}, "replicas must be left out, got 'warn'"),
+        ({"code": "cyclic", "scheme": SRSGC(n=4, burst=1, window=2, stragglers=1)}, "code must be left out"),
     ],
 )
 def test_a_wrong_value_is_named(wrong, said):
@@ -344,6 +349,8 @@ def test_what_fits_no_number_of_workers():
         GradientCoding(code="fractional", stragglers=1).scheme_for(5)
     with pytest.raises(ConfigError, match="knows the options"):
         GradientCoding(options={"speed": 3}).scheme_for(4)
+    with pytest.raises(ConfigError, match="'approximate' has no number of stragglers, got 3"):
+        GradientCoding(code="approximate", stragglers=3, options={"copies": 2}).scheme_for(4)
     with pytest.raises(ConfigError, match="for 3 workers, but the job has 4"):
         GradientCoding(code="heterogeneous", options={"speeds": [1.0, 1.0, 1.0]}).scheme_for(4)
     with pytest.raises(ConfigError, match="missing"):
