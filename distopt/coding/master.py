@@ -85,6 +85,7 @@ class Master:
         self._job_base = 0
         self._round = -1  # under way, counted over all runs
         self._began = 0.0
+        self._amplified = -1  # the latest round that waited because of its amplification
         self._probed = time.monotonic()
         self._starts: dict[int, float] = {}
         self._tasks: list[list[Task]] = []  # of the current round by place in the scheme
@@ -186,7 +187,7 @@ class Master:
         self.statistics.begin(self._round, self._began)
         for worker in range(len(self._row_of)):
             self._send_tasks(worker)
-        self._probe([worker for worker, owes in enumerate(self._owes) if len(owes) >= WINDOW])
+        self._probe([worker for worker in range(len(self._row_of)) if self._num_owed(worker) >= WINDOW])
 
     def _probe(self, silent: Sequence[int]) -> None:
         """Finds out, now and then, whether those who are silent are lost: a receive does not always notice."""
@@ -207,17 +208,25 @@ class Master:
             if self._may_stop(run, local, elapsed, first_s):
                 return
             silent = [self._worker_at[row] for row in run.missing(local)]
-            gone = self.gone
-            if all(worker in gone for worker in silent) or elapsed > self._deadline_s:
+            gone = [worker for worker in silent if worker in self.gone]
+            if len(gone) == len(silent) or elapsed > self._deadline_s:
                 if run.may_end(local):
                     return  # the rule would wait for more, but nobody else comes
                 raise self._too_few(silent, elapsed)
+            if not self._can_do_without(gone):
+                raise self._too_few(gone, elapsed)
             check_s = self._rule.next_check_s(first_s)
             waits = [self._deadline_s - elapsed, _PROBE_S, *([check_s - elapsed] if check_s else [])]
             answered = self._receive(max(1e-4, min(wait for wait in waits if wait > 0)) if max(waits) > 0 else 0.0)
             if answered == self._round and first_s == math.inf:
                 first_s = time.monotonic() - self._began
             self._probe(silent)
+
+    def _can_do_without(self, gone: Sequence[int]) -> bool:
+        """Whether it is worth waiting for those who are silent and not gone."""
+        if self._code is None or len(gone) <= self._code.tolerance:
+            return True
+        return self._code.decodable(set(range(self._code.num_workers)) - {self._row_of[worker] for worker in gone})
 
     def _may_stop(self, run: Run, local: int, elapsed: float, first_s: float) -> bool:
         if not self._rule.ends(run, local, elapsed, first_s):
@@ -228,7 +237,9 @@ class Master:
         with suppress(DecodeError):  # enough of them, but too ill-conditioned
             if self._code.amplification(answered) <= self._amplification_limit:
                 return True
-        self.statistics.waited_for_amplification += 1
+        if self._amplified != self._round:  # asked again and again; a round counts once
+            self._amplified = self._round
+            self.statistics.waited_for_amplification += 1
         return False
 
     def _end_round(self, run: Run) -> None:

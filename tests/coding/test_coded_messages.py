@@ -158,6 +158,27 @@ def test_past_s_lost_workers_training_ends_with_their_names():
         assert "the master has ended the training: DecodeError" in str(ranks[rank].error)
 
 
+def test_past_s_lost_workers_nobody_waits_for_others_that_are_only_slow():
+    over = threading.Event()
+
+    def die(rank, step):
+        if rank.end.rank in (1, 3) and step >= 4:
+            rank.end.die()
+            raise Dead
+        if rank.end.rank == 2 and step >= 4:
+            over.wait(60.0)
+
+    ranks = start(5, STEPS, before=die, code="fractional", deadline_s=300.0)
+    ranks[0].thread.join(20.0)
+    has_ended = not ranks[0].thread.is_alive()
+    over.set()
+    assert has_ended
+    finish(ranks)
+    assert isinstance(ranks[0].error, DecodeError)
+    assert ranks[0].error.missing == (0, 2)
+    assert "worker 1" not in str(ranks[0].error)
+
+
 def test_one_lost_worker_is_a_straggler_for_ever():
     def die(rank, step):
         if rank.end.rank == 2 and step == 4:
