@@ -23,6 +23,7 @@ from distopt.coding.one_round import OneRound
 from distopt.coding.placement import placement
 from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Scheme
+from distopt.coding.sequential import SequentialCode
 from distopt.coding.sharded import Sharded
 from distopt.coding.trace import Trace
 from distopt.coding.worker import MASTER, Worker
@@ -127,9 +128,11 @@ class CodedTraining:
             )
 
     def _rows(self, nodes: Sequence[Any]) -> list[int]:
-        """The place in the scheme of each worker; a sequential scheme takes them in rank order."""
+        """The place in the scheme of each worker, by its code or the code inside."""
         if isinstance(self.scheme, OneRound):
             return placement(self.scheme.code, nodes)
+        if isinstance(self.scheme, SequentialCode) and self.scheme.inner_stragglers < self.scheme.n:
+            return placement(self.scheme.inner, nodes)
         return list(range(self.scheme.num_workers))
 
     @property
@@ -230,7 +233,9 @@ class CodedTraining:
         reports.plot_arrivals(self._history("plot_arrivals"), path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training is; the same on every rank. Model and optimizer are the user's to save, on rank 0.
+        """Where the training is; between two loops the same on every rank, inside one what rank 0 says counts.
+
+        Model and optimizer are the user's to save, on rank 0.
 
         Raises:
             CompatibilityError: Inside a loop over `steps` with a sequential scheme, whose jobs are under way.
@@ -272,8 +277,7 @@ class CodedTraining:
         if not self._attached:
             return
         self._attached = False
-        if not isinstance(self._role, Worker):
-            self._role.end(reason)
+        self._role.end(reason)
         self._transport.close(_CLOSE_S)
 
     def _history(self, what: str) -> list[reports.Arrivals]:
@@ -305,9 +309,10 @@ def _check(
                 "very model"
             )
         coarse = [spec.dtype for spec in flat.specs if spec.dtype.itemsize < 4]
-        if coarse and algorithm.code in ("cyclic", "cyclic_mds"):
+        code = scheme.code.name if isinstance(scheme, OneRound) else getattr(scheme, "code", "")
+        if coarse and code in ("cyclic", "cyclic_mds"):
             raise CompatibilityError(
-                f"code {algorithm.code!r} needs parameters of at least 32 bits, got {coarse[0]}: its coefficients "
+                f"code {code!r} needs parameters of at least 32 bits, got {coarse[0]}: its coefficients "
                 "amplify rounding errors; use code='auto'"
             )
 
@@ -318,6 +323,8 @@ def _facts(algorithm: "GradientCoding", flats: Sequence[FlatModel], batches: Bat
         "configuration": _jsonable(algorithm.to_dict()),
         "parameters": [flat.describe() for flat in flats],
         "buffers and frozen parameters": [flat.fixed_values() for flat in flats],
+        # One master sends them; ranks that all decode start from their own.
+        "trained parameters": [flat.trained_values() for flat in flats] if algorithm.master == "sharded" else None,
         "batches (samples, batch size, seed)": batches.describe() if batches is not None else None,
     }
 

@@ -54,7 +54,7 @@ class Computation:
     def answer(
         self,
         tasks: Sequence[Task],
-        parameters: Mapping[int, list[Tensor]],
+        parameters: Mapping[int, list[Tensor]] | None,
         loss: PartLoss,
         interrupted: Callable[[], bool],
     ) -> Answer | None:
@@ -62,7 +62,7 @@ class Computation:
 
         Args:
             tasks: What to compute.
-            parameters: The flat parameters of each job in the tasks; those of a job that is not there are in its model.
+            parameters: The flat parameters of each job in the tasks; None if the models hold them.
             loss: Of one part.
             interrupted: Whether nobody waits for the result any more.
         """
@@ -71,7 +71,7 @@ class Computation:
         with record_function("distopt::coded_gradient"):
             for task in tasks:
                 flat = self.models[task.job % len(self.models)]
-                if task.job in parameters:
+                if parameters is not None:
                     flat.write(parameters[task.job])
                 flat.clear_gradients()
                 total_loss = total_count = 0.0

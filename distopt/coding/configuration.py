@@ -20,6 +20,9 @@ from distopt.comm import Transport
 from distopt.config import Algorithm, FrozenMapping, check_choice, check_count, check_number, check_switch
 from distopt.errors import ConfigError
 
+_OF_ONE_MASTER = ("stop", "mu", "amplification_limit", "replicas", "replica_tolerance")
+_OF_CODES = ("code", "stragglers", "options", "amplification_limit", "replica_tolerance")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientCoding(Algorithm, name="gradient-coding"):
@@ -92,6 +95,20 @@ class GradientCoding(Algorithm, name="gradient-coding"):
                 f"master='sharded' takes the fractional code only, got {self.scheme or self.code!r}: the slices that "
                 "different ranks decode must be equal to the last bit, whoever was slow; leave code out"
             )
+        self._check_without_effect()
+
+    def _check_without_effect(self) -> None:
+        """What would be passed over in silence is refused."""
+        if self.master == "sharded":
+            reason, names = "master='sharded' compares bits, and waits for what decodes", _OF_ONE_MASTER
+        elif self.scheme is not None:
+            reason, names = "a sequential scheme has a code and a number of stragglers of its own", _OF_CODES
+        else:
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} must be left out, got {getattr(self, name)!r}: {reason}")
 
     def attach(
         self,
@@ -143,6 +160,11 @@ class GradientCoding(Algorithm, name="gradient-coding"):
         given = {key: value for key, value in {"n": num_workers, "s": self.stragglers}.items() if key in known}
         if unknown := sorted(set(self.options) - set(known)):
             raise ConfigError(f"code {name!r} knows the options {', '.join(known)}, got {', '.join(unknown)}")
+        if "s" not in known and self.stragglers != 1:
+            raise ConfigError(
+                f"code {name!r} has no number of stragglers, got {self.stragglers}: leave it out, and say in options "
+                f"how much it tolerates: {', '.join(key for key in known if key != 'n')}"
+            )
         try:
             code = constructor(**{**given, **self.options})
         except TypeError as error:

@@ -1,12 +1,14 @@
 """A model's trainable parameters, and their gradients, as one flat CPU tensor per dtype: what messages carry."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.comm import TensorSpec
+from distopt.comm.message import DTYPES
 from distopt.errors import CompatibilityError
 
 
@@ -17,7 +19,7 @@ class FlatModel:
         model: A bare module, on any device.
 
     Raises:
-        CompatibilityError: It is wrapped in DDP, or nothing of it can be trained.
+        CompatibilityError: It is wrapped in DDP, nothing of it can be trained, or messages cannot carry it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,6 +32,12 @@ class FlatModel:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise CompatibilityError("the model must have parameters that require a gradient, got none; unfreeze some")
+        for name, p in trainable.items():
+            if p.dtype not in DTYPES:
+                raise CompatibilityError(
+                    f"trained parameters must be of {', '.join(str(d) for d in DTYPES if d.is_floating_point)}, which "
+                    f"messages carry, got {p.dtype} of {name}; keep real and imaginary parts as two, or freeze it"
+                )
         self.parameters = list(trainable.values())
         self._names = list(trainable)
         dtypes = dict.fromkeys(p.dtype for p in self.parameters)
@@ -74,20 +82,29 @@ class FlatModel:
 
     def fixed_values(self) -> str:
         """A digest of what no message carries: buffers and frozen parameters."""
-        digest = hashlib.sha256()
         trained = {id(p) for p in self.parameters}
-        fixed = [
-            *self.model.named_buffers(),
-            *((n, p) for n, p in self.model.named_parameters() if id(p) not in trained),
-        ]
-        for name, value in sorted(fixed, key=lambda pair: pair[0]):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        frozen = {name: p for name, p in self.model.named_parameters() if id(p) not in trained}
+        return _digest({**dict(self.model.named_buffers()), **frozen})
+
+    def trained_values(self) -> str:
+        """A digest of the trained parameters."""
+        return _digest(dict(zip(self._names, self.parameters, strict=True)))
+
+    def buffers(self) -> dict[str, str]:
+        """A digest of each buffer, by name."""
+        return {name: _digest({name: value}) for name, value in self.model.named_buffers()}
 
     @staticmethod
     def _join(groups: list[list[Tensor]]) -> list[Tensor]:
         return [torch.cat([value.reshape(-1) for value in group]).cpu() for group in groups]
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def greet(
         facts: Of this rank.
         node: Where this rank runs: equal on ranks of one node.
         problem: Why this rank cannot take part, if so.
-        timeout_s: How long to wait for the master.
+        timeout_s: How long the master waits for each rank; twice that is waited for the master.
 
     Raises:
         DistoptError: `problem`, or the ranks do not fit together.
@@ -36,9 +36,10 @@ def greet(
     transport.send(MASTER, message.encode(text_message(Kind.HELLO, 0, transport.rank, content)))
     if problem is not None:
         raise problem
-    answer = _next(transport, timeout_s)
+    patience_s = 2 * timeout_s  # the master waits for others as long as that, and then says for whom
+    answer = _next(transport, patience_s)
     if answer is None:
-        raise PeerLostError(f"the master, rank 0, did not answer within {timeout_s:g} s; did it start?", (MASTER,))
+        raise PeerLostError(f"the master, rank 0, did not answer within {patience_s:g} s; did it start?", (MASTER,))
     if answer[1].kind != Kind.WELCOME:
         raise DesyncError(f"the master said kind {answer[1].kind} before it said welcome; start all ranks again")
     told = text_of(answer[1])

@@ -25,7 +25,7 @@ from distopt.coding.code import Code
 from distopt.coding.combine import combine
 from distopt.coding.flat import FlatModel
 from distopt.coding.one_round import OneRound
-from distopt.coding.orders import Kind, tasks_message, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, tasks_message, text_of
 from distopt.coding.parity import disagreement
 from distopt.coding.scheme import Run, Scheme, Task
 from distopt.coding.statistics import Statistics
@@ -36,7 +36,7 @@ from distopt.errors import CompatibilityError, DecodeError, DesyncError, Distopt
 _log = logging.getLogger("distopt")
 
 WINDOW = 2  # rounds that a worker may owe: one it computes, and a newer one to skip to
-_PROBE_S = 1.0  # how often silent workers are probed while a round waits for them
+_PROBE_S = 1.0  # how often silent workers are probed
 _COMPARED_ROUNDS = 16  # late answers to older rounds are not compared with those in time
 
 
@@ -85,6 +85,8 @@ class Master:
         self._job_base = 0
         self._round = -1  # under way, counted over all runs
         self._began = 0.0
+        self._amplified = -1  # the latest round that waited because of its amplification
+        self._probed = time.monotonic()
         self._starts: dict[int, float] = {}
         self._tasks: list[list[Task]] = []  # of the current round by place in the scheme
         self._published: dict[int, Tensor] = {}  # frames with the parameters of jobs that are not decoded
@@ -93,6 +95,7 @@ class Master:
         self._newest_sent = [-1 for _ in rows]  # the newest round whose tasks each worker was sent
         self._done: Tensor | None = None  # the frame that says that the loop is over
         self._told_done: list[bool] = [True for _ in rows]
+        self._unseen: list[int] = [0 for _ in rows]  # how many ends of loops each worker was told and has not seen yet
         self._answers: dict[tuple[int, int], Answer] = {}  # by round and worker
         self._fingerprints: dict[int, dict[int, tuple[float, ...]]] = {}  # by round and row
         self._failed: dict[int, str] = {}
@@ -117,6 +120,8 @@ class Master:
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """The rounds of the next `num_steps` gradients."""
+        if self._run is not None:
+            self._forget_loop()
         self._run = run = self._scheme.begin(num_steps)
         self._round_base = self._round + 1
         self._done = None
@@ -166,7 +171,7 @@ class Master:
         for worker, told in enumerate(self._told_done):
             if not told and self._done is not None:
                 self._send(worker, self._done)
-        frame = message.encode(text_message(Kind.END, self._round + 1, 0, reason[:10_000]))
+        frame = message.encode(reason_message(Kind.END, self._round + 1, 0, reason))
         for worker in range(len(self._row_of)):
             self._send(worker, frame)
 
@@ -182,6 +187,14 @@ class Master:
         self.statistics.begin(self._round, self._began)
         for worker in range(len(self._row_of)):
             self._send_tasks(worker)
+        self._probe([worker for worker in range(len(self._row_of)) if self._num_owed(worker) >= WINDOW])
+
+    def _probe(self, silent: Sequence[int]) -> None:
+        """Finds out, now and then, whether those who are silent are lost: a receive does not always notice."""
+        if time.monotonic() - self._probed > _PROBE_S:
+            self._probed = time.monotonic()
+            for worker in silent:
+                self._transport.probe(worker + 1)
 
     def _publish(self, job: int) -> None:
         flats = self._models[job % len(self._models)].read()
@@ -189,26 +202,31 @@ class Master:
 
     def _wait(self, run: Run) -> None:
         local = self._round - self._round_base
-        first_s, probed = math.inf, self._began
+        first_s = math.inf
         while True:
             elapsed = time.monotonic() - self._began
             if self._may_stop(run, local, elapsed, first_s):
                 return
             silent = [self._worker_at[row] for row in run.missing(local)]
-            gone = self.gone
-            if all(worker in gone for worker in silent) or elapsed > self._deadline_s:
+            gone = [worker for worker in silent if worker in self.gone]
+            if len(gone) == len(silent) or elapsed > self._deadline_s:
                 if run.may_end(local):
                     return  # the rule would wait for more, but nobody else comes
                 raise self._too_few(silent, elapsed)
+            if not self._can_do_without(gone):
+                raise self._too_few(gone, elapsed)
             check_s = self._rule.next_check_s(first_s)
             waits = [self._deadline_s - elapsed, _PROBE_S, *([check_s - elapsed] if check_s else [])]
             answered = self._receive(max(1e-4, min(wait for wait in waits if wait > 0)) if max(waits) > 0 else 0.0)
             if answered == self._round and first_s == math.inf:
                 first_s = time.monotonic() - self._began
-            if time.monotonic() - probed > _PROBE_S:
-                probed = time.monotonic()
-                for worker in silent:
-                    self._transport.probe(worker + 1)
+            self._probe(silent)
+
+    def _can_do_without(self, gone: Sequence[int]) -> bool:
+        """Whether it is worth waiting for those who are silent and not gone."""
+        if self._code is None or len(gone) <= self._code.tolerance:
+            return True
+        return self._code.decodable(set(range(self._code.num_workers)) - {self._row_of[worker] for worker in gone})
 
     def _may_stop(self, run: Run, local: int, elapsed: float, first_s: float) -> bool:
         if not self._rule.ends(run, local, elapsed, first_s):
@@ -219,7 +237,9 @@ class Master:
         with suppress(DecodeError):  # enough of them, but too ill-conditioned
             if self._code.amplification(answered) <= self._amplification_limit:
                 return True
-        self.statistics.waited_for_amplification += 1
+        if self._amplified != self._round:  # asked again and again; a round counts once
+            self._amplified = self._round
+            self.statistics.waited_for_amplification += 1
         return False
 
     def _end_round(self, run: Run) -> None:
@@ -263,6 +283,13 @@ class Master:
         self.statistics.decoded(float(np.linalg.norm(coefficients)))
         return loss / count
 
+    def _forget_loop(self) -> None:
+        """A loop was left by `break`: jobs that were not decoded begin anew, with the parameters as they are now."""
+        self._job_base, _ = self.position
+        self._published.clear()
+        self._answers.clear()
+        self._has = [set() for _ in self._has]
+
     def _finish_loop(self) -> None:
         """Every worker gets the parameters as they are now, so that all ranks end the loop with one model."""
         flats = [flat for model in self._models for flat in model.read()]
@@ -279,15 +306,18 @@ class Master:
     def _send_next(self, worker: int) -> None:
         if self._done is None:
             self._send_tasks(worker)
-        elif not self._told_done[worker] and len(self._owes[worker]) < WINDOW:
+        elif not self._told_done[worker] and self._num_owed(worker) < WINDOW:
             self._told_done[worker] = True
-            self._owes[worker][self._round + 1] = 0
+            self._unseen[worker] += 1
             self._send(worker, self._done)
+
+    def _num_owed(self, worker: int) -> int:
+        return len(self._owes[worker]) + self._unseen[worker]
 
     def _send_tasks(self, worker: int) -> None:
         tasks = self._tasks[self._row_of[worker]] if self._tasks else []
-        owes = self._owes[worker]
-        if not tasks or self._newest_sent[worker] == self._round or len(owes) >= WINDOW or worker in self._failed:
+        is_busy = self._num_owed(worker) >= WINDOW
+        if not tasks or self._newest_sent[worker] == self._round or is_busy or worker in self._failed:
             return
         self._newest_sent[worker] = self._round
         has = self._has[worker]
@@ -296,7 +326,7 @@ class Master:
         for job in sorted({task.job for task in own} - has):
             self._send(worker, self._published[job])
             has.add(job)
-        owes[self._round] = len(own)
+        self._owes[worker][self._round] = len(own)
         self._send(worker, message.encode(tasks_message(self._round, 0, own)))
 
     def _send(self, worker: int, frame: Tensor) -> None:
@@ -325,15 +355,13 @@ class Master:
         if said.kind == Kind.FAILED:
             self._failed[worker] = str(text_of(said))
             return None
-        num_tasks = self._owes[worker].get(said.round)
-        if said.kind == Kind.SEEN and num_tasks == 0:
-            self._settle(worker, said.round)
+        if said.kind == Kind.SEEN and self._unseen[worker]:
+            self._unseen[worker] -= 1
+            self._skip(worker, said.round - 1)  # of the loop that is over
             return None
+        num_tasks = self._owes[worker].get(said.round)
         if said.kind == Kind.SKIPPED and num_tasks:
-            self._settle(worker, said.round)
-            if said.round in self._starts:
-                self.statistics.arrived(said.round, worker, time.monotonic() - self._starts[said.round])
-            self._send_next(worker)
+            self._skip(worker, said.round)
             return None
         if said.kind != Kind.ANSWER or not num_tasks:
             raise DecodeError(
@@ -346,6 +374,14 @@ class Master:
         self._take(worker, said.round, found)
         self._send_next(worker)
         return said.round
+
+    def _skip(self, worker: int, last: int) -> None:
+        """The worker does not answer what it owes up to this round."""
+        newest = max((round for round in self._owes[worker] if round <= last), default=-1)
+        if newest in self._starts:
+            self.statistics.arrived(newest, worker, time.monotonic() - self._starts[newest])
+        self._settle(worker, last)
+        self._send_next(worker)
 
     def _settle(self, worker: int, round: int) -> None:
         """A worker answers the newest round only: those before are skipped."""

@@ -16,6 +16,8 @@ from distopt.coding.scheme import Task
 from distopt.comm import Message
 from distopt.errors import DecodeError
 
+_REASON_CHARACTERS = 5_000  # at most 12 bytes each in JSON, which every transport of a training carries
+
 
 class Kind(enum.IntEnum):
     """What a message is."""
@@ -28,7 +30,7 @@ class Kind(enum.IntEnum):
     SKIPPED = 12  # worker: a round's tasks, for newer ones
     DONE = 6  # master: the loop is over, and `round` comes next
     SEEN = 7  # worker: so it is
-    FAILED = 8  # worker: I cannot go on, and why
+    FAILED = 8  # worker: I do not go on, and why
     END = 9  # master: no more of anything; with a text if it failed
     SLICE = 10  # sharded: a slice of a coded gradient
     DECODED = 11  # sharded: a slice of the gradient
@@ -67,6 +69,11 @@ def text_message(kind: int, round: int, sender: int, content: Any, tensors: Sequ
     """A message with something that JSON can hold, and tensors behind it."""
     text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     return Message(kind, round, sender, (text, *tensors))
+
+
+def reason_message(kind: int, round: int, sender: int, reason: str) -> Message:
+    """A message that says why somebody ends; what is too long for a frame is cut off."""
+    return text_message(kind, round, sender, reason[:_REASON_CHARACTERS])
 
 
 def text_of(message: Message) -> Any:

@@ -11,7 +11,7 @@ equal sums. For cyclic codes there is one for each arrival beyond n - s.
 Limits: what arrived must be more than a decoding needs, else there is nothing to compare. One worker can be told from
 the others only if two independent checks see it: of a group of two, both are named. What is within `tolerance` of the
 messages that are compared counts as rounding; in the checks of a cyclic code some workers have small weights, so that
-only large differences of theirs are seen.
+only large differences of theirs are seen. NaN and Inf are not compared with each other.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distopt.coding.code import Code, FloatArray, name_workers
@@ -81,11 +82,14 @@ def disagreement(
             f"{fingerprints.shape}"
         )
     check_number("tolerance", tolerance, rule="in (0, 1]", remedy="use 1e-4", low=0.0, high=1.0)
+    arrived = list(arrived)
+    finite: NDArray[np.bool_] = np.isfinite(np.abs(fingerprints).sum(axis=1))
+    if not finite.all():
+        if wrong := _wrongly_infinite(code, arrived, finite):
+            return Disagreement(tuple((worker,) for worker in wrong), float("inf"))
+        arrived, fingerprints = np.asarray(arrived)[finite].tolist(), fingerprints[finite]
     checks = code.parity_checks(arrived)
     sizes = np.linalg.norm(fingerprints, axis=1)
-    if not np.isfinite(sizes).all():
-        wrong = tuple(np.asarray(arrived)[~np.isfinite(sizes)].tolist())
-        return Disagreement(tuple((worker,) for worker in sorted(wrong)), float("inf"))
     if not len(checks):
         return None
     residuals = checks @ fingerprints
@@ -102,6 +106,17 @@ def disagreement(
             columns = _suspects(checks[together], residuals[together], tolerance * scales[together])
             suspects.append(tuple(sorted(workers[columns].tolist())))
     return Disagreement(tuple(suspects), float(relative.max()))
+
+
+def _wrongly_infinite(code: Code, arrived: Sequence[int], finite: NDArray[np.bool_]) -> list[int]:
+    """The workers with NaN or Inf all of whose parts others found finite, ascending.
+
+    Who holds a part that nobody found finite may be right: the gradient of the batch is not finite then.
+    """
+    holds = code.matrix[list(arrived)] != 0
+    found_finite = holds[finite].any(axis=0)
+    wrong = ~finite & ~(holds & ~found_finite).any(axis=1)
+    return sorted(np.asarray(arrived)[wrong].tolist())
 
 
 def _suspects(checks: FloatArray, residuals: FloatArray, allowed: FloatArray) -> list[int]:

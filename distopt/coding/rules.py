@@ -2,7 +2,8 @@
 
 - The loss of a part is the sum over its samples: halves must add up to the whole.
 - A part's gradient is the same whoever computes it, and whenever: twice the same.
-- No layer mixes the samples of a batch, or keeps statistics of those that this worker happens to see: BatchNorm.
+- No layer mixes the samples of a batch, or keeps statistics of those that this worker happens to see: BatchNorm, and
+  whatever changes a buffer.
 
 Limits: sums can be checked only where `attach` was given `batches`; what differs between workers, not within one, is
 found by the master, which compares what they send (`distopt.coding.parity`).
@@ -10,7 +11,7 @@ found by the master, which compares what they send (`distopt.coding.parity`).
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distopt.coding.computing import Computation, PartLoss
 from distopt.coding.data_parts import DataPart
+from distopt.coding.flat import FlatModel
 from distopt.coding.scheme import Task
 from distopt.errors import CompatibilityError
 
@@ -49,7 +51,7 @@ def check_batch_norm(model: nn.Module) -> None:
 
 
 def check_loss(computation: Computation, part: DataPart, loss: PartLoss) -> None:
-    """Checks the loss by one part: that it is a sum, and that its gradient comes out the same twice.
+    """Checks the loss by one part: it is a sum, its gradient comes out the same twice, and it changes no buffer.
 
     The model holds the part's parameters; its gradients are cleared.
 
@@ -57,6 +59,7 @@ def check_loss(computation: Computation, part: DataPart, loss: PartLoss) -> None
         CompatibilityError: It is not; says what to change.
     """
     flat = computation.models[part.model]
+    buffers = flat.buffers()
     if part.samples is not None and len(part.samples) >= 2:
         _check_sum(computation, part, loss, max(_SUM_TOLERANCE.get(spec.dtype, _COARSE) for spec in flat.specs))
     vectors = []
@@ -65,6 +68,7 @@ def check_loss(computation: Computation, part: DataPart, loss: PartLoss) -> None
         computation.backward(part, loss)
         vectors.append(flat.read_gradients()[0])
     flat.clear_gradients()
+    _check_buffers(flat, buffers)
     tolerance = max(_REPEAT_TOLERANCE.get(spec.dtype, _COARSE) for spec in flat.specs)
     for first, second in zip(*vectors, strict=True):
         difference = (first.double() - second.double()).norm() / max(first.double().norm().item(), 1e-300)
@@ -75,6 +79,16 @@ def check_loss(computation: Computation, part: DataPart, loss: PartLoss) -> None
                 "generator of its own; take the samples from part.samples, and random numbers from torch, numpy or "
                 "random's own generators, which are seeded for each part"
             )
+
+
+def _check_buffers(flat: FlatModel, before: Mapping[str, str]) -> None:
+    changed = [name for name, digest in flat.buffers().items() if before.get(name) != digest]
+    if changed:
+        raise CompatibilityError(
+            f"the loss must leave the model's buffers as they are, but it changed {', '.join(changed[:5])}: no message "
+            "carries them, so they would depend on what this worker computes, and rank 0's would stay behind; call "
+            "eval() on the layers that keep statistics, or give check_rules=False if nothing depends on them"
+        )
 
 
 def _check_sum(computation: Computation, part: DataPart, loss: PartLoss, tolerance: float) -> None:

@@ -18,7 +18,7 @@ import collections
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from distopt.coding import rules
 from distopt.coding.answer import NUM_PROJECTIONS
 from distopt.coding.combine import combine
 from distopt.coding.computing import Computation, PartLoss, projections
-from distopt.coding.orders import Kind
+from distopt.coding.orders import Kind, reason_message, text_of
 from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Task
 from distopt.coding.statistics import Statistics
@@ -90,7 +90,8 @@ class Sharded:
         # By step and rank: seconds that those computed whose slices came before this rank began the step.
         self._early: dict[int, dict[int, float]] = collections.defaultdict(dict)
         self._behind: set[int] = set()
-        self._finished: set[int] = set()  # ranks that have said goodbye
+        self._finished: dict[int, int] = {}  # the first step without them, of ranks that have said goodbye
+        self._failed: dict[int, str] = {}  # why, of those that left with an error
         self._failure: DistoptError | None = None
         self._closing = False
         self._server = threading.Thread(target=self._serve, name="distopt-shard", daemon=True)
@@ -109,8 +110,13 @@ class Sharded:
     @property
     def gone(self) -> dict[int, str]:
         """Ranks that take no part any more, with what is known."""
-        lost = dict.fromkeys(self._transport.lost - self._finished, "its connection is gone")
-        return dict(sorted({**dict.fromkeys(self._behind, "left behind"), **lost}.items()))
+        lost = dict.fromkeys(self._transport.lost - set(self._finished), "its connection is gone")
+        return dict(sorted({**dict.fromkeys(self._behind, "left behind"), **lost, **self._failed}.items()))
+
+    def _absent(self, step: int) -> dict[int, str]:
+        """Ranks that send nothing for this step any more, with what is known."""
+        left = {rank: "it has left" for rank, round in list(self._finished.items()) if round <= step}
+        return {**left, **self.gone}
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """The next steps, every one on every rank."""
@@ -149,14 +155,14 @@ class Sharded:
 
     def end(self, reason: str = "") -> None:
         """Says goodbye, and serves the others until they do too, or are gone."""
-        frame = message.encode(Message(Kind.END, self._round, self._transport.rank))
+        frame = message.encode(reason_message(Kind.END, self._round, self._transport.rank, reason))
         for rank in range(self._transport.size):
             if rank != self._transport.rank:
                 self._post(rank, frame)
         end = time.monotonic() + (_GOODBYE_S if not reason else 1.0)
         others = set(range(self._transport.size)) - {self._transport.rank}
         with self._condition:
-            while not others <= self._finished | self._transport.lost | self._behind and time.monotonic() < end:
+            while not others <= set(self._finished) | self._transport.lost | self._behind and time.monotonic() < end:
                 self._condition.wait(0.05)
             self._closing = True
 
@@ -168,7 +174,7 @@ class Sharded:
         if self._unchecked:
             rules.check(self._computation, task, loss)
             self._unchecked = False
-        found = self._computation.answer([task], {}, loss, lambda: self._is_complete(step))
+        found = self._computation.answer([task], None, loss, lambda: self._is_complete(step))
         if found is None:
             return
         (result,) = found.results
@@ -194,35 +200,38 @@ class Sharded:
         """The slices of the step's gradient, in order."""
         probed = began
         with self._condition:
-            while not self._is_complete(step):
-                if self._failure is not None:
-                    raise self._failure
+            while not self._is_complete(step) and self._failure is None:
                 waited = time.monotonic() - began
-                gone = self.gone
-                rest = set(range(self._code.num_workers)) - {self._row_of[rank] for rank in gone}
-                if waited > self._deadline_s or not self._code.decodable(rest):
+                if waited > self._deadline_s or not self._decodable_without(self._absent(step)):
                     raise self._too_few(step, waited)
                 self._condition.wait(min(_LOOK_S, max(0.01, self._deadline_s - waited)))
                 if time.monotonic() - probed > _LOOK_S:
                     probed = time.monotonic()
                     for rank in range(self._transport.size):
                         self._transport.probe(rank)
+            if self._failure is not None:  # also where the gradient is there: parameters drift apart
+                raise self._failure
             found = self._decoded.pop(step)
             return [found[i] for i in range(len(self._code.groups))]
+
+    def _decodable_without(self, ranks: Collection[int]) -> bool:
+        return self._code.decodable(set(range(self._code.num_workers)) - {self._row_of[rank] for rank in ranks})
 
     def _is_complete(self, step: int) -> bool:
         return len(self._decoded.get(step, ())) == len(self._code.groups)
 
     def _too_few(self, step: int, waited: float) -> DecodeError:
-        gone = self.gone
-        here = {self._rank_at[row] for row in self._parts.get(step, ())} | {self._transport.rank}
-        silent = sorted(set(range(self._transport.size)) - here)
-        named = ", ".join(f"rank {rank} ({gone.get(rank, f'nothing for {waited:.3g} s')})" for rank in silent)
+        absent = self._absent(step)
+        missing = sorted(absent)
+        if self._decodable_without(absent):  # so it is the deadline, which others have missed too
+            here = {self._rank_at[row] for row in self._parts.get(step, ())} | {self._transport.rank}
+            missing = sorted(set(range(self._transport.size)) - here)
+        named = ", ".join(f"rank {rank} ({absent.get(rank, f'nothing for {waited:.3g} s')})" for rank in missing)
         return DecodeError(
             f"step {step} cannot be decoded without {named}; {self._code!r} tolerates {self._code.tolerance} "
             "stragglers: start again with those that are left, with a larger s, or with a longer deadline_s than "
             f"{self._deadline_s:g}",
-            silent,
+            missing,
         )
 
     # -- serving -------------------------------------------------------------------------------------------------------
@@ -251,7 +260,9 @@ class Sharded:
 
     def _heed(self, said: Message) -> None:
         if said.kind == Kind.END:
-            self._finished.add(said.sender)
+            self._finished[said.sender] = said.round
+            if reason := str(text_of(said)):
+                self._failed[said.sender] = reason
         elif said.kind == Kind.SLICE:
             self._check(said, self._own_slice, 3 + NUM_PROJECTIONS)
             self._keep_part(said)
@@ -315,7 +326,7 @@ class Sharded:
         row = self._row_of[said.sender]
         group = next(i for i, members in enumerate(self._code.groups) if row in members)
         first, fingerprint = self._seen[said.round].setdefault(group, (said.sender, said.numbers[3:]))
-        if fingerprint != said.numbers[3:]:
+        if not np.array_equal(fingerprint, said.numbers[3:], equal_nan=True):  # NaN in both is no difference
             self.statistics.disagreements += 1
             raise DesyncError(
                 f"ranks {first} and {said.sender} sent different gradients of the same parts in step {said.round}, so "

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _KEPT_ROUNDS = 10_000  # for traces and plots; the counts are of all rounds
+_KEPT_REASONS = 20  # of refused messages: a reason may name the round, so there is no end of them
 
 
 @dataclasses.dataclass
@@ -132,7 +133,8 @@ class Statistics:
 
     def refuse(self, worker: int, reason: str) -> None:
         """A message was not what it should be."""
-        self.refused[reason] += 1
+        known = reason in self.refused or len(self.refused) < _KEPT_REASONS
+        self.refused[reason if known else "other reasons"] += 1
         self.refused_by[worker] += 1
 
     def report(self, gone: Mapping[int, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from distopt.coding import answer as answers
 from distopt.coding import rules
 from distopt.coding.computing import Computation, PartLoss
-from distopt.coding.orders import Kind, tasks_of, text_message, text_of
+from distopt.coding.orders import Kind, reason_message, tasks_of, text_of
 from distopt.coding.scheme import Task
 from distopt.comm import Message, TensorSpec, Transport, message
 from distopt.errors import CompatibilityError, DecodeError, DistoptError, PeerLostError
@@ -45,9 +45,11 @@ class Worker:
         self._unchecked = checks_rules
         self._parameters: dict[int, list[Tensor]] = {}
         self._order: tuple[int, list[Task]] | None = None  # the newest round and its tasks, not answered yet
+        self._next_job = 0
         self._next_round = 0  # the first one after the loop under way
         self._done = 0  # rounds that the master is done with
         self._ended: str | None = None  # why, or "" if all went well
+        self._has_left = False
         self.rounds = 0
         self.skipped = 0
         self.refused = 0
@@ -68,6 +70,7 @@ class Worker:
                     "coded.backward(loss) once in each step"
                 )
         self._next_round = end
+        self._next_job += num_rounds - self._delay
 
     def backward(self, loss: PartLoss) -> None:
         """Computes the newest tasks and sends the answer, or drops it if there are newer ones.
@@ -90,11 +93,12 @@ class Worker:
                 self._unchecked = False
             found = self._computation.answer(tasks, self._parameters, loss, self._is_superseded)
         except Exception as error:
-            self._send(text_message(Kind.FAILED, round, self._transport.rank, f"{type(error).__name__}: {error}"))
+            self.end(f"{type(error).__name__}: {error}")
             raise
         if found is None:
             self.skipped += 1
-            self._send(Message(Kind.SKIPPED, round, self._transport.rank))
+            if self._done <= round:  # else the master has heard that the loop is over, which says as much
+                self._send(Message(Kind.SKIPPED, round, self._transport.rank))
             return
         self.rounds += 1
         self.compute_s += found.compute_s
@@ -102,13 +106,21 @@ class Worker:
         if self._order is not None and self._order[0] == round:
             self._order = None
 
+    def end(self, reason: str = "") -> None:
+        """Tells the master not to count on this worker any more."""
+        if not self._has_left and self._ended is None:
+            self._has_left = True
+            left = reason or "it has left the training"
+            self._send(reason_message(Kind.FAILED, self._next_round, self._transport.rank, left))
+
     @property
     def position(self) -> tuple[int, int]:
-        """The next job and round, as far as a worker of a scheme without delay knows."""
-        return self._next_round, self._next_round
+        """The next job and round; inside a loop those that it began with."""
+        return self._next_job, self._next_round
 
     def start_at(self, job: int, round: int) -> None:
         """Goes on with this round, before the first step."""
+        self._next_job = job
         self._next_round = self._done = round
 
     def _await_news(self, end: int) -> None:
@@ -123,7 +135,9 @@ class Worker:
                     pass
             elif MASTER in self._transport.lost:
                 raise PeerLostError("the master, rank 0, is gone: the job cannot go on without it", (MASTER,))
-            elif time.monotonic() - since > self._patience_s:
+            elif time.monotonic() - since <= self._patience_s:
+                self._transport.probe(MASTER)  # a receive does not always notice that the other side has died
+            else:
                 raise PeerLostError(
                     f"the master, rank 0, has said nothing for {self._patience_s:g} s, twice the deadline of a round; "
                     "give a longer deadline_s if it has so much else to do between two steps",
@@ -163,7 +177,8 @@ class Worker:
             if missing := {task.job for task in tasks} - set(self._parameters):
                 raise DecodeError(f"tasks of round {told.round} need the parameters of jobs {sorted(missing)}")
             self._order = (told.round, tasks)
-            for job in [job for job in self._parameters if job < told.round - self._delay]:
+            # By job, not by round: with a delay T rounds run ahead of jobs by T more with every loop.
+            for job in [job for job in self._parameters if job < max(self._parameters) - self._delay]:
                 del self._parameters[job]
         elif told.kind == Kind.DONE:
             _check_specs(told, [spec for flat in models for spec in flat.specs])

@@ -11,6 +11,8 @@ from distopt.comm.job import Job, find_job
 from distopt.comm.lifetime import KeptUntilDone
 from distopt.comm.link import Link, LinkModel, measure_link
 from distopt.comm.message import Message, TensorSpec, frame_bytes
+from distopt.comm.mpi import MPITransport
+from distopt.comm.mpi_runtime import load_mpi
 from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
 from distopt.comm.serial import SerialWorker
@@ -27,6 +29,7 @@ __all__ = [
     "KeptUntilDone",
     "Link",
     "LinkModel",
+    "MPITransport",
     "Message",
     "Nodes",
     "Place",
@@ -45,6 +48,7 @@ __all__ = [
     "gather_json",
     "leak_process_groups",
     "least_seconds",
+    "load_mpi",
     "measure_link",
     "open_channels",
     "open_heartbeat",

@@ -114,7 +114,8 @@ class GlooTransport:
         end = time.monotonic() + timeout_s
         for peer in self._peers:
             self._post(peer, _signal(_CLOSE))
-            self._outboxes[peer].put(None)
+            if peer in self._outboxes:  # a peer that was lost before anything was sent to it has none
+                self._outboxes[peer].put(None)
         while not self._is_quiet() and time.monotonic() < end:
             time.sleep(_POLL_S)
         self._inbox.put(None)

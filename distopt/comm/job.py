@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from distopt.comm.gloo import GlooTransport
 from distopt.comm.mpi import MPITransport
+from distopt.comm.mpi_runtime import load_mpi
 from distopt.comm.transport import Transport
 from distopt.errors import ConfigError
 
@@ -66,9 +67,7 @@ def find_job(transport: str | Transport = "auto", process_group: dist.ProcessGro
             lambda longest, peers: GlooTransport(group, max_frame_bytes=longest, peers=peers),
         )
     if transport == "mpi":
-        from mpi4py import MPI
-
-        world = MPI.COMM_WORLD
+        world = load_mpi().COMM_WORLD
         return Job(
             world.Get_rank(),
             world.Get_size(),

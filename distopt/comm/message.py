@@ -26,7 +26,7 @@ _PREFIX = struct.Struct(
 _CRC = struct.Struct("<I")
 _ALIGNMENT = 64
 _MAX_DIMENSIONS = 8
-_DTYPES = (
+DTYPES = (  # of the tensors in a message
     torch.uint8,
     torch.int32,
     torch.int64,
@@ -83,12 +83,12 @@ def encode(message: Message) -> Tensor:
     _PREFIX.pack_into(header, 0, _MAGIC, _VERSION, message.kind, message.sender, message.round, *prefix)
     at = _PREFIX.size
     for spec in specs:
-        if spec.dtype not in _DTYPES or len(spec.shape) > _MAX_DIMENSIONS:
+        if spec.dtype not in DTYPES or len(spec.shape) > _MAX_DIMENSIONS:
             raise DecodeError(
-                f"a message carries {', '.join(str(d) for d in _DTYPES)} of at most {_MAX_DIMENSIONS} dimensions, got "
+                f"a message carries {', '.join(str(d) for d in DTYPES)} of at most {_MAX_DIMENSIONS} dimensions, got "
                 f"{spec.dtype} of shape {spec.shape}; convert it before sending"
             )
-        struct.pack_into(f"<BB{len(spec.shape)}q", header, at, _DTYPES.index(spec.dtype), len(spec.shape), *spec.shape)
+        struct.pack_into(f"<BB{len(spec.shape)}q", header, at, DTYPES.index(spec.dtype), len(spec.shape), *spec.shape)
         at += 2 + 8 * len(spec.shape)
     struct.pack_into(f"<{len(message.numbers)}d", header, at, *message.numbers)
     _CRC.pack_into(header, header_bytes - _CRC.size, zlib.crc32(header[: header_bytes - _CRC.size]))
@@ -148,7 +148,7 @@ def _unpack(header: bytes, num_tensors: int, num_numbers: int) -> tuple[list[Ten
         shape = struct.unpack_from(f"<{dimensions}q", header, at + 2)
         if dimensions > _MAX_DIMENSIONS or min(shape, default=0) < 0:
             raise IndexError(f"shape {shape}")
-        specs.append(TensorSpec(shape, _DTYPES[code]))
+        specs.append(TensorSpec(shape, DTYPES[code]))
         at += 2 + 8 * dimensions
     return specs, struct.unpack_from(f"<{num_numbers}d", header, at)
 

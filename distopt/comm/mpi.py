@@ -10,8 +10,8 @@ occupies a core in every rank, does not see that this rank has something to send
 
 Lost peers. MPI says so itself where it was started for that: `mpirun --with-ft ulfm`. With `--enable-recovery` alone it
 does not: through shared memory a send to a dead process waits for ever, so the kernel is asked too (see
-`distopt.comm.neighbours`, and `distopt.comm.mpi_end` for how such a job ends). Over TCP `--enable-recovery` alone ends
-all ranks with the first. Without either mpirun ends the job.
+`distopt.comm.neighbours`, and `distopt.comm.mpi_runtime` for how such a job ends). Over TCP it ends all ranks with the
+first. Without either option mpirun ends the job.
 
 Limits: frames shorter than 2 GiB. A rank that is stopped is not lost: at the end of the script `MPI_Finalize` waits for
 it, as mpirun does.
@@ -26,15 +26,14 @@ import threading
 import time
 import weakref
 from collections.abc import Collection
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distopt.comm.mpi_end import Deaths
+from distopt.comm.mpi_runtime import Deaths, load_mpi
 from distopt.config import check_count
-from distopt.errors import CompatibilityError, ConfigError, DistoptError
+from distopt.errors import ConfigError, DistoptError
 
 _log = logging.getLogger("distopt")
 
@@ -81,7 +80,7 @@ class MPITransport:
             raise ConfigError(
                 f"max_frame_bytes must be at most {_MAX_FRAME_BYTES}, got {max_frame_bytes}; send several frames"
             )
-        self._mpi = _load()
+        self._mpi = load_mpi()
         comm = self._mpi.COMM_WORLD if comm is None else comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
@@ -332,27 +331,6 @@ class MPITransport:
 
 def _nothing() -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
-
-
-def _load() -> ModuleType:
-    """The module `mpi4py.MPI`, with MPI started."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
-        raise CompatibilityError(
-            f"MPI cannot be used here: {error}; pip install 'torch-distopt[mpi]', which brings mpi4py and Open MPI"
-        ) from error
-    if not MPI.Is_initialized() or MPI.Is_finalized():
-        raise CompatibilityError(
-            "MPI is not running in this process; make the transport between MPI.Init() and MPI.Finalize(), or leave "
-            "mpi4py.rc.initialize at True"
-        )
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise CompatibilityError(
-            f"MPI was started with thread level {MPI.Query_thread()}, and MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}) "
-            "is needed, because the transport calls MPI in a thread of its own; leave mpi4py.rc.thread_level as it is"
-        )
-    return MPI
 
 
 @atexit.register

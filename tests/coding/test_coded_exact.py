@@ -1,15 +1,30 @@
 """Law of the live training: whoever is slow, the parameters are those of uncoded full-batch steps."""
 
 import random
+import threading
 import time
 
 import pytest
 import torch
-from coded_job import INPUTS, TARGETS, build, by_samples, finish, parameters, sgd, start, sum_loss, train, uncoded
+from coded_job import (
+    INPUTS,
+    TARGETS,
+    apply,
+    build,
+    by_samples,
+    finish,
+    parameters,
+    sgd,
+    start,
+    sum_loss,
+    train,
+    uncoded,
+)
 from torch import nn
 
 import distopt
-from distopt.coding import MSGC, SRSGC, Batches
+from distopt.coding import MSGC, SRSGC, Batches, GradientCoding, master
+from distopt.comm import InProcess
 
 STEPS = 12
 
@@ -79,6 +94,7 @@ def test_several_loops_and_a_resume_go_on_where_the_last_one_stopped():
     ranks = train(5, 4, before=rotating, loops=3)
     equal(ranks, uncoded([build()], 12))
     assert ranks[0].state["step"] == 12
+    assert ranks[0].stats["refused_messages"] == 0  # workers still say that a loop is over when the next one begins
     first = train(5, 5)
     assert first[0].state["step"] == 5
     second = train(5, 4, models=first[0].models, state=first[0].state)
@@ -93,19 +109,21 @@ def test_several_loops_and_a_resume_go_on_where_the_last_one_stopped():
     equal(second, [parameters(model)])
 
 
+SCHEMES = [
+    SRSGC(n=5, burst=1, window=2, stragglers=2),
+    SRSGC(n=6, burst=2, window=3, stragglers=2),
+    MSGC(n=4, burst=1, window=2, stragglers=1),
+    MSGC(n=4, burst=1, window=3, stragglers=2),
+    MSGC(n=4, burst=2, window=3, stragglers=4),
+]
+
+
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        SRSGC(n=5, burst=1, window=2, stragglers=2),
-        SRSGC(n=6, burst=2, window=3, stragglers=2),
-        MSGC(n=4, burst=1, window=2, stragglers=1),
-        MSGC(n=4, burst=1, window=3, stragglers=2),
-        MSGC(n=4, burst=2, window=3, stragglers=4),
-    ],
-    ids=repr,
+    ("scheme", "stop", "interleaved"),
+    [(scheme, "decodable", interleaved) for scheme in SCHEMES for interleaved in (True, False)]
+    + [(SCHEMES[index], stop, False) for index in (1, 3) for stop in ("minimal", "paper")],
+    ids=str,
 )
-@pytest.mark.parametrize("stop", ["decodable", "minimal", "paper"])
-@pytest.mark.parametrize("interleaved", [True, False])
 def test_sequential_codes_train_models_in_turns_or_one_with_old_gradients(scheme, stop, interleaved):
     models = [build(seed) for seed in range(scheme.delay + 1 if interleaved else 1)]
     chance = random.Random(5)
@@ -121,6 +139,65 @@ def test_sequential_codes_train_models_in_turns_or_one_with_old_gradients(scheme
     equal(ranks, uncoded(models, steps, delay=scheme.delay))
     assert ranks[0].losses[: scheme.delay] == [None] * scheme.delay
     assert ranks[0].stats["rounds"] == steps + scheme.delay
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_loop_that_the_master_leaves_early_may_be_followed_by_another(delay):
+    """Jobs that are under way when it does are done again, by the parameters of then."""
+    config = {"scheme": MSGC(n=4, burst=1, window=2, stragglers=1)} if delay else {}
+    ends = InProcess.connect(5)
+    models, states, errors = [build() for _ in ends], {}, {}
+
+    def work(end, model):
+        optimizer, batches = sgd(model), Batches(120, 40)
+        try:
+            coding = GradientCoding(deadline_s=5.0, **config)
+            with coding.attach(model, optimizer, batches=batches, transport=end) as coded:
+                for loop in range(2):
+                    for number, _ in enumerate(coded.steps(6)):
+                        coded.backward(lambda part: sum_loss(model, part.samples))
+                        optimizer.step()
+                        if end.rank == 0 and loop == 0 and number == 2:
+                            break
+                states[end.rank] = coded.state_dict()
+        except Exception as error:
+            errors[end.rank] = error
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(ends, models, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors
+    assert states[0]["step"] == 9 - delay
+    model, batches = build(), Batches(120, 40)
+    optimizer = sgd(model)
+    for jobs, is_whole in ((range(3), False), (range(3 - delay, 9 - delay), True)):
+        waiting = []
+        for job in jobs:
+            optimizer.zero_grad()
+            (sum_loss(model, batches.indices(job)) / 40).backward()
+            waiting.append([p.grad.clone() for p in model.parameters()])
+            if len(waiting) > delay:
+                apply(model, optimizer, waiting.pop(0))
+        for gradients in waiting if is_whole else []:
+            apply(model, optimizer, gradients)
+    assert (parameters(models[0]) - parameters(model)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_several_loops_of_a_sequential_code_go_on_where_the_last_one_stopped(interleaved):
+    """Each loop has T more rounds than jobs, so that the numbers of rounds and jobs part more and more."""
+    scheme = MSGC(n=4, burst=1, window=3, stragglers=1)
+    models = [build(seed) for seed in range(scheme.delay + 1 if interleaved else 1)]
+    ranks = train(5, 3, models=models, scheme=scheme, loops=5, check_rules=False, deadline_s=5.0)
+    if interleaved:
+        equal(ranks, uncoded(models, 15))
+    for rank in ranks:
+        assert torch.equal(parameters(rank.models[0]), parameters(ranks[0].models[0]))
+        assert rank.state == ranks[0].state
+    assert (ranks[0].state["step"], ranks[0].state["round"]) == (15, 15 + 5 * scheme.delay)
+    assert ranks[0].stats["refused_messages"] == 0
 
 
 def test_a_scheme_may_come_from_a_configuration():
@@ -214,8 +291,9 @@ def test_approximate_steps_are_near_the_exact_ones():
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_decoding_that_amplifies_waits_for_one_more(gone):
+def test_a_decoding_that_amplifies_waits_for_one_more(gone, monkeypatch):
     """In this code two neighbours missing amplify by more than the limit, so the second one is waited for."""
+    monkeypatch.setattr(master, "_PROBE_S", 0.002)  # the master looks again and again, but counts a round once
 
     def slow(rank, step):
         if rank.end.rank in (1, 2):
@@ -230,4 +308,4 @@ def test_a_decoding_that_amplifies_waits_for_one_more(gone):
     equal(ranks[:1], uncoded([build()], 4))
     largest = ranks[0].stats["amplification_max"]
     assert (largest > 4.0) == gone  # if nobody else can come: better amplified than not at all
-    assert ranks[0].stats["waited_for_amplification"] > 0
+    assert 0 < ranks[0].stats["waited_for_amplification"] <= 4  # rounds

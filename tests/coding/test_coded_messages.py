@@ -5,12 +5,12 @@ import time
 
 import pytest
 import torch
-from coded_job import build, finish, parameters, sgd, start, train, uncoded
+from coded_job import build, finish, parameters, sgd, start, sum_loss, train, uncoded
 
 from distopt.coding import Batches, GradientCoding, attachment, flat
 from distopt.coding.answer import Answer, TaskResult, to_message
 from distopt.coding.master import WINDOW
-from distopt.coding.orders import Kind, tasks_of, text_message
+from distopt.coding.orders import Kind, reason_message, tasks_of, text_message, text_of
 from distopt.comm import InProcess, Message, message
 from distopt.errors import DecodeError, PeerLostError
 
@@ -158,6 +158,27 @@ def test_past_s_lost_workers_training_ends_with_their_names():
         assert "the master has ended the training: DecodeError" in str(ranks[rank].error)
 
 
+def test_past_s_lost_workers_nobody_waits_for_others_that_are_only_slow():
+    over = threading.Event()
+
+    def die(rank, step):
+        if rank.end.rank in (1, 3) and step >= 4:
+            rank.end.die()
+            raise Dead
+        if rank.end.rank == 2 and step >= 4:
+            over.wait(60.0)
+
+    ranks = start(5, STEPS, before=die, code="fractional", deadline_s=300.0)
+    ranks[0].thread.join(20.0)
+    has_ended = not ranks[0].thread.is_alive()
+    over.set()
+    assert has_ended
+    finish(ranks)
+    assert isinstance(ranks[0].error, DecodeError)
+    assert ranks[0].error.missing == (0, 2)
+    assert "worker 1" not in str(ranks[0].error)
+
+
 def test_one_lost_worker_is_a_straggler_for_ever():
     def die(rank, step):
         if rank.end.rank == 2 and step == 4:
@@ -169,6 +190,44 @@ def test_one_lost_worker_is_a_straggler_for_ever():
     assert (parameters(ranks[0].models[0]) - uncoded([build()], STEPS)[0]).abs().max() <= 1e-12
     assert ranks[0].stats["gone"] == {1: "its connection is gone"}
     assert "gone: its connection is gone" in ranks[0].report
+
+
+@pytest.mark.parametrize("how", ["error", "leaves"])
+def test_a_worker_that_leaves_its_loop_says_so(how):
+    """Nobody waits until the deadline for workers that are there, but do not take part any more."""
+    ends, errors = InProcess.connect(5), {}  # the deadline is 300 s
+
+    def work(end, model):
+        try:
+            with GradientCoding(code="fractional").attach(
+                model, sgd(model), batches=Batches(120, 40), transport=end
+            ) as coded:
+                for step in coded.steps(10):
+                    if end.rank in (1, 3) and step >= 3:
+                        if how == "leaves":
+                            break
+                        raise ValueError("no such file" + 100_000 * "\N{SNOWMAN}")
+                    coded.backward(lambda part: sum_loss(model, part.samples))
+        except Exception as error:
+            errors[end.rank] = error
+
+    threads = [threading.Thread(target=work, args=(end, build()), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert isinstance(errors[0], DecodeError)
+    assert errors[0].missing == (0, 2)
+    assert {"error": "ValueError: no such file", "leaves": "it has left the training"}[how] in str(errors[0])
+    assert "the master has ended the training: DecodeError" in str(errors[2])
+
+
+def test_a_reason_fits_into_every_frame():
+    for text in (100_000 * "x", 100_000 * "\N{SNOWMAN}", 100_000 * "\U0001f3c3"):
+        said = reason_message(Kind.FAILED, 3, 1, text)
+        assert message.encode(said).numel() <= attachment._TEXT_BYTES
+        assert text.startswith(text_of(said))
+        assert len(text_of(said)) > 1000
 
 
 def test_silence_beyond_the_deadline_ends_the_training():

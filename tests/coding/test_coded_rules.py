@@ -1,6 +1,7 @@
 """What a model and its loss must keep to is checked, and the error says what to change."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt.coding import Batches, GradientCoding
+from distopt.coding import SRSGC, Batches, GradientCoding
 from distopt.comm import InProcess
 from distopt.errors import CompatibilityError, ConfigError, DecodeError, DesyncError, StateMismatchError
 
@@ -68,6 +69,18 @@ def test_batch_norm(training):
     assert "model.1.eval()" in str(worker)
 
 
+def test_buffers_that_the_loss_changes():
+    """Running statistics of a layer that is no BatchNorm; rank 0 never computes, and would keep those of the start."""
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), norm, nn.Flatten(), nn.Linear(6, 1)).double()
+    _, worker = failing(models=[model])
+    assert isinstance(worker, CompatibilityError)
+    assert "it changed 1.running_mean, 1.running_var" in str(worker)
+    model.eval()
+    assert all(rank.error is None for rank in finish(start(5, STEPS, models=[model])))
+
+
 def test_unchecked_on_demand():
     def mean(model, part):
         return sum_loss(model, part.samples) / 7
@@ -111,6 +124,18 @@ def test_replicas_that_differ_are_found(code, replicas):
     else:
         assert not errors
         assert (stats[0]["disagreements"] > 0) == (replicas == "warn")
+
+
+@pytest.mark.parametrize("master", ["first", "sharded"])
+def test_a_gradient_that_is_not_finite_is_that_of_the_batch(master):
+    """Uncoded training would get NaN too; nobody's replica is wrong."""
+
+    def overflowing(model, part):
+        return sum_loss(model, part.samples) * (float("nan") if part.step == 2 and part.index == 0 else 1.0)
+
+    ranks = train(5 if master == "first" else 4, STEPS, loss=overflowing, master=master)
+    assert [loss == loss for loss in ranks[0].losses] == [True, True, False, False]
+    assert parameters(ranks[0].models[0]).isnan().all()
 
 
 def test_decoders_that_differ_are_found():
@@ -167,6 +192,8 @@ def test_a_number_of_models_that_the_scheme_does_not_train():
 def test_16_bit_parameters_with_a_code_that_amplifies():
     model = build(dtype=torch.bfloat16)
     assert "at least 32 bits, got torch.bfloat16" in str(attach(model, sgd(model), code="cyclic")[0])
+    scheme = SRSGC(n=2, burst=1, window=2, stragglers=1, code="cyclic")
+    assert "at least 32 bits, got torch.bfloat16" in str(attach(model, sgd(model), scheme=scheme)[0])
 
 
 def test_a_ddp_model(ranks):
@@ -190,6 +217,34 @@ def test_no_job():
 def test_a_job_of_one():
     with pytest.raises(CompatibilityError, match="start at least 3 ranks"):
         GradientCoding().attach(build(), sgd(build()), transport=InProcess.connect(1)[0])
+
+
+def test_parameters_that_messages_do_not_carry():
+    model = nn.ParameterList([torch.ones(3, dtype=torch.complex64)])
+    errors = attach(model, sgd(model))
+    assert set(errors) == {0, 1, 2}
+    assert isinstance(errors[1], CompatibilityError)
+    assert "got torch.complex64 of 0" in str(errors[0])
+
+
+def test_ranks_of_a_sharded_training_begin_with_equal_parameters():
+    """Ranks 0 and 1 take the same parts, and so do 2 and 3: in pairs nobody differs."""
+    ends, errors = InProcess.connect(4), {}
+
+    def work(end):
+        model = build(seed=end.rank // 2)
+        try:
+            GradientCoding(master="sharded", deadline_s=5.0).attach(model, sgd(model), transport=end)
+        except Exception as error:
+            errors[end.rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(errors) == {0, 1, 2, 3}
+    assert all("must have the same trained parameters" in text for text in errors.values())
 
 
 @pytest.mark.parametrize("what", ["seed", "model", "buffers", "batches"])
@@ -228,6 +283,7 @@ def test_a_rank_that_never_says_hello_is_named():
     def work(end):
         model = build()
         try:
+            time.sleep(0.1 * (end.rank == 0))  # so rank 1 is the first to lose patience
             GradientCoding(deadline_s=0.3).attach(model, sgd(model), transport=end)
         except Exception as error:
             errors[end.rank] = str(error)
@@ -237,7 +293,7 @@ def test_a_rank_that_never_says_hello_is_named():
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert "ranks 2 did not say hello within 0.3 s" in errors[0]
+    assert all("ranks 2 did not say hello within 0.3 s" in errors[rank] for rank in (0, 1))
 
 
 def test_backward_belongs_into_a_step():
@@ -278,6 +334,9 @@ def test_the_state_of_something_else():
         ({"options": 3}, "options must be a mapping"),
         ({"scheme": 3}, "scheme must be a sequential code"),
         ({"master": "sharded", "code": "cyclic"}, "takes the fractional code only"),
+        ({"master": "sharded", "stop": "paper"}, "stop must be left out, got 'paper': master='sharded'"),
+        ({"master": "sharded", "replicas": "warn"}, "replicas must be left out, got 'warn'"),
+        ({"code": "cyclic", "scheme": SRSGC(n=4, burst=1, window=2, stragglers=1)}, "code must be left out"),
     ],
 )
 def test_a_wrong_value_is_named(wrong, said):
@@ -290,6 +349,8 @@ def test_what_fits_no_number_of_workers():
         GradientCoding(code="fractional", stragglers=1).scheme_for(5)
     with pytest.raises(ConfigError, match="knows the options"):
         GradientCoding(options={"speed": 3}).scheme_for(4)
+    with pytest.raises(ConfigError, match="'approximate' has no number of stragglers, got 3"):
+        GradientCoding(code="approximate", stragglers=3, options={"copies": 2}).scheme_for(4)
     with pytest.raises(ConfigError, match="for 3 workers, but the job has 4"):
         GradientCoding(code="heterogeneous", options={"speeds": [1.0, 1.0, 1.0]}).scheme_for(4)
     with pytest.raises(ConfigError, match="missing"):

@@ -50,6 +50,18 @@ def test_amplification_is_the_mean_and_the_largest():
     assert report["last"]["amplification"] == 1.0
 
 
+def test_reasons_of_refusals_are_counted_and_bounded():
+    statistics = Statistics(2)
+    for round in range(1000):
+        statistics.refuse(1, f"round {round} is wrong")
+        statistics.refuse(1, "garbage") if round < 3 else None
+    report = statistics.report({})
+    assert report["refused_messages"] == 1003
+    assert report["refused"]["garbage"] == 3
+    assert sum(report["refused"].values()) == 1003
+    assert len(report["refused"]) < 30
+
+
 def test_a_worker_that_was_busy_has_the_time_when_it_was_next_heard_of():
     statistics = Statistics(2)
     for round, began in enumerate((10.0, 11.0, 12.0)):

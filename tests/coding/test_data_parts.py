@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distopt.coding import Batches
@@ -9,6 +9,7 @@ from distopt.coding.data_parts import part_of
 from distopt.errors import ConfigError
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
 def test_each_epoch_takes_every_sample_of_a_whole_batch_once(num_samples, batch_size, seed):
     batch_size = min(batch_size, num_samples)
@@ -29,6 +30,7 @@ def test_a_batch_depends_on_the_step_alone():
     assert found[0] != found[7]  # another epoch, another order
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.lists(st.floats(0.01, 10.0), min_size=1, max_size=12))
 def test_the_parts_are_all_samples_once_in_proportion(num_samples, weights):
     shares = np.array(weights) / sum(weights)

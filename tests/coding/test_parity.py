@@ -132,6 +132,18 @@ def test_a_fingerprint_that_is_not_finite_is_suspect(value):
     assert disagreement(fractional(4, 1), [3, 2, 1, 0], prints).workers == (2,)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_no_disagreement(value):
+    """A part that is not finite makes the messages of all who hold it so; the others are compared as ever."""
+    prints = np.ones((4, 2))
+    prints[:2] = value
+    assert disagreement(fractional(4, 1), range(4), prints) is None
+    assert disagreement(fractional(4, 1), range(4), np.full((4, 2), value)) is None
+    assert disagreement(fractional(4, 1), [0, 2], prints[[0, 2]]) is None  # the other member has not answered
+    prints[3] = 2.0
+    assert disagreement(fractional(4, 1), range(4), prints).workers == (2, 3)
+
+
 @pytest.mark.parametrize("prints", [np.ones(4), np.ones((3, 2)), np.ones((4, 0))])
 def test_fingerprints_have_a_row_for_each_arrival(prints):
     with pytest.raises(ConfigError, match="fingerprints must be 4 x projections"):

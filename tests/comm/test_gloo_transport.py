@@ -152,6 +152,29 @@ def test_a_death_in_the_middle_of_a_frame_and_a_freeze_do_not_stop_the_others(tm
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (2, 3)] == [{"0": [70, 71, 72, 73, 74]}] * 2
 
 
+def beside_one_that_dies_at_once(out):
+    transport = GlooTransport(max_frame_bytes=16)
+    if transport.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    end = time.monotonic() + 20.0
+    while 1 not in transport.lost and time.monotonic() < end:
+        time.sleep(0.01)
+    transport.send(1, numbered(50))
+    transport.close(5.0)
+    (out / str(transport.rank)).write_text(str(sorted(transport.lost)))
+
+
+def test_a_peer_that_is_lost_before_anything_was_sent_to_it(tmp_path):
+    pool = RankPool(3)
+    try:
+        with pytest.raises(AssertionError, match="rank 1 ---\nthe process died") as failure:
+            pool(beside_one_that_dies_at_once, tmp_path, deadline_s=50.0)
+        assert failure.value.args[0].count("---") == 2, failure.value
+    finally:
+        pool.close()
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 2)] == ["[1]", "[1]"]
+
+
 def test_in_process_ends():
     ends = InProcess.connect(3)
     ends[0].send(1, numbered(5))

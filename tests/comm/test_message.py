@@ -15,6 +15,7 @@ TENSORS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(TENSORS, st.lists(st.floats(allow_nan=False), max_size=6), st.integers(0, 65535), st.integers(-1, 2**40))
 def test_what_is_decoded_is_what_was_encoded(tensors, numbers, kind, round_):
     frame = message.encode(Message(kind, round_, 3, tuple(tensors), tuple(numbers)))
@@ -39,7 +40,7 @@ def test_a_shorter_one_is_refused():
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_damaged_header_is_taken_for_a_message(data):
     frame = message.encode(Message(4, 17, 1, (torch.ones(3), torch.zeros(2, 2)), (1.5, 2.5)))
     header = int.from_bytes(frame[24:28].numpy().tobytes(), "little")
@@ -50,7 +51,7 @@ def test_no_damaged_header_is_taken_for_a_message(data):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_garbage_is_refused(garbage):
     for prefix in (b"", b"DOPT\x01\x00"):
         with pytest.raises(DecodeError):
