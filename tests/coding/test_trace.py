@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -23,6 +23,7 @@ def equal(left, right):
 
 
 @pytest.mark.parametrize("name", ["trace.csv", "trace.json"])
+@settings(deadline=None, max_examples=50)
 @given(
     times=arrays(
         float, array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.one_of(st.floats(0, 1e6), st.just(np.nan))
