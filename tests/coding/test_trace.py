@@ -91,6 +91,9 @@ def test_parts_of_a_trace():
     assert equal(trace.after(1), Trace(seconds=TIMES[1:], load=0.5, compute=TIMES[1:] / 2))
     order = np.array([2, 0, 1])
     assert equal(trace.reordered(order), Trace(seconds=TIMES[:, order], load=0.5, compute=TIMES[:, order] / 2))
+    shifted = trace.shifted(np.array([0, 1, 0]))
+    assert np.array_equal(shifted.seconds, [[0.81, np.nan, 4.02], [0.8, 0.79, 0.84]], equal_nan=True)
+    assert np.array_equal(shifted.compute, shifted.seconds / 2, equal_nan=True)
     with pytest.raises(ValueError, match="read-only"):
         trace.seconds[0, 0] = 1
 
