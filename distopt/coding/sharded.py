@@ -34,7 +34,7 @@ from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Task
 from distopt.coding.statistics import Statistics
 from distopt.comm import Message, TensorSpec, Transport, message
-from distopt.errors import CompatibilityError, DecodeError, DesyncError, DistoptError, PeerLostError
+from distopt.errors import CompatibilityError, DecodeError, DesyncError, PeerLostError
 
 _BACKLOG_BYTES, _BACKLOG_GRADIENTS = 1 << 30, 16  # whichever is more is kept for a rank that is behind
 _LOOK_S = 0.5
@@ -95,7 +95,7 @@ class Sharded:
         self._behind: set[int] = set()
         self._finished: dict[int, int] = {}  # the first step without them, of ranks that have said goodbye
         self._failed: dict[int, str] = {}  # why, of those that left with an error
-        self._failure: DistoptError | None = None
+        self._failure: Exception | None = None
         self._closing = False
         self._server = threading.Thread(target=self._serve, name="distopt-shard", daemon=True)
         self._server.start()
@@ -257,7 +257,7 @@ class Sharded:
             except DecodeError as error:
                 with self._condition:
                     self.statistics.refuse(source, str(error)[:200])
-            except DistoptError as error:
+            except Exception as error:  # whatever it is: the main thread must not wait for a thread that is gone
                 with self._condition:
                     self._failure = error
                     self._condition.notify_all()
