@@ -5,13 +5,15 @@ as Krishnan, Ebrahimi & Khisti (ICLR 2023) do; no constant decides. The steps:
 
 1. Coarse: every kind over its parameters, the number of stragglers in powers of two, on the first rounds of the trace.
 2. Fine: around the best of each kind, numbers of stragglers in between.
-3. Final: the best of all kinds, on the whole trace and on copies of it whose workers have changed places.
+3. Final: the best of all kinds, on the whole trace and on copies of it whose workers have changed places; if they are
+   slow independently of each other, also with the rounds of each begun at another one.
 
-The copies are there because a trace shows a coincidence, two slow workers that hold the same part, once or never. A
-scheme that such luck has favoured looks best on its trace and is not best on the next one; among other neighbours the
-same slowness shows what it risks. Of schemes as fast as each other (`TIE`) the simplest comes first.
+The copies are there because a trace shows a coincidence, two workers slow at once, once or never. A scheme that such
+luck has favoured looks best on its trace and is not best on the next one; the same slowness at other places and times
+shows what it risks, and each worker's own bursts stay as they were. Of schemes as fast as each other (`TIE`) the
+simplest comes first.
 
-Limits: what the trace did not see, the plan does not know: record 100 rounds or more, and 600 where a few answers are
+Limits: what the trace did not see, the plan does not know: record 100 rounds or more, and 300 where a few answers are
 extremely late. Inner codes are 0/1 codes. Places on nodes are not known: the copies stand for any.
 """
 
@@ -141,11 +143,27 @@ class _Question:
         return self.jobs * max(0.0, float(shifted.mean()))
 
     def copies(self, seed: int) -> Iterator["_Question"]:
-        """The question itself, and with the workers in other places."""
+        """The question itself, and with the workers in other places, and if they are independent at other times."""
         rng = np.random.default_rng(seed)
         yield self
+        independent = _independent(self.trace)
         for _ in range(_COPIES):
-            yield replace(self, trace=self.trace.reordered(rng.permutation(self.trace.num_workers)))
+            copy = self.trace.reordered(rng.permutation(self.trace.num_workers))
+            if independent:
+                copy = copy.shifted(rng.integers(self.trace.num_rounds, size=self.trace.num_workers))
+            yield replace(self, trace=copy)
+
+
+def _independent(trace: Trace) -> bool:
+    """Whether one worker's slowness says nothing about another's in the same round.
+
+    Then the mean over n workers varies from round to round n times less than a worker does; the factor of 2 is for
+    chance. What a worker is slower than others in all rounds does not count.
+    """
+    slower = trace.seconds - np.nanmean(trace.seconds, axis=0, where=np.isfinite(trace.seconds))
+    if not np.isfinite(slower).all():
+        return False  # a worker that stops answering does so at a certain moment
+    return float(slower.mean(axis=1).var()) <= 2 * float(slower.var()) / trace.num_workers
 
 
 def _fastest(question: _Question, schemes: Iterable[Scheme], count: int) -> list[Scheme]:

@@ -109,6 +109,11 @@ class Trace:
         """The trace with its workers in this order."""
         return self._taken((slice(None), workers))
 
+    def shifted(self, rounds: NDArray[np.int64]) -> "Trace":
+        """The trace with each worker's rounds begun at another one: (workers,) which; its first ones come last."""
+        places = (np.arange(self.num_rounds)[:, None] + rounds) % self.num_rounds
+        return self._taken((places, np.arange(self.num_workers)))
+
     def _taken(self, part: Any) -> "Trace":
         return Trace(
             seconds=self.seconds[part],

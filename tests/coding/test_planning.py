@@ -21,7 +21,7 @@ from distopt.coding import (
 from distopt.coding.planning import TIE
 from distopt.errors import ConfigError
 
-WORKERS, PROBE_ROUNDS, HELD_OUT_ROUNDS = 64, 600, 1200
+WORKERS, PROBE_ROUNDS, HELD_OUT_ROUNDS = 64, 300, 1200
 
 
 def drawn(seed):
@@ -135,6 +135,17 @@ def test_the_simplest_of_equals_comes_first():
     """Nobody is ever slow and work costs nothing: all are as fast as each other, and uncoded is the simplest."""
     found = plan(Trace(seconds=np.ones((20, 8)), load=0.125, seconds_per_load=0.0))
     assert found[0].family == "uncoded"
+
+
+def test_slowness_that_all_workers_share_stays_shared():
+    """A copy that broke it up would make each of its rounds slow for somebody, and flatter the codes."""
+    rng = np.random.default_rng(0)
+    together = np.repeat(rng.random((60, 1)) < 0.2, 8, axis=1) * 5.0 + 1 + 0.01 * rng.random((60, 8))
+    trace = Trace(seconds=together, load=0.125, seconds_per_load=1.0)
+    uncoded = next(each for each in plan(trace) if each.family == "uncoded")
+    assert uncoded.seconds == pytest.approx(simulate(Uncoded(8), trace).seconds)
+    apart = trace.shifted(np.arange(8) * 7)
+    assert simulate(Uncoded(8), apart).seconds > 1.5 * simulate(Uncoded(8), trace).seconds
 
 
 def test_only_the_families_that_were_asked_for(planned):

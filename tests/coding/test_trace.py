@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -23,6 +23,7 @@ def equal(left, right):
 
 
 @pytest.mark.parametrize("name", ["trace.csv", "trace.json"])
+@settings(deadline=None, max_examples=50)
 @given(
     times=arrays(
         float, array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.one_of(st.floats(0, 1e6), st.just(np.nan))
@@ -90,6 +91,9 @@ def test_parts_of_a_trace():
     assert equal(trace.after(1), Trace(seconds=TIMES[1:], load=0.5, compute=TIMES[1:] / 2))
     order = np.array([2, 0, 1])
     assert equal(trace.reordered(order), Trace(seconds=TIMES[:, order], load=0.5, compute=TIMES[:, order] / 2))
+    shifted = trace.shifted(np.array([0, 1, 0]))
+    assert np.array_equal(shifted.seconds, [[0.81, np.nan, 4.02], [0.8, 0.79, 0.84]], equal_nan=True)
+    assert np.array_equal(shifted.compute, shifted.seconds / 2, equal_nan=True)
     with pytest.raises(ValueError, match="read-only"):
         trace.seconds[0, 0] = 1
 
