@@ -287,6 +287,8 @@ def test_approximate_steps_are_near_the_exact_ones():
     options = {"copies": 2, "accept": 0.2}
     ranks = train(5, 10, before=slow, code="approximate", options=options, loss=by_samples)
     exact = uncoded([build()], 10)[0]
+    assert 0 < ranks[0].stats["decode_error_mean"] <= ranks[0].stats["decode_error_max"] <= 0.2
+    assert "The code is approximate" in ranks[0].report
     assert (parameters(ranks[0].models[0]) - exact).norm() < 0.5 * (exact - parameters(build())).norm()
 
 
