@@ -85,7 +85,7 @@ class CodedTraining:
         except DistoptError:
             self._transport.close(_CLOSE_S)
             raise
-        self._in_loop = False
+        self._in_loop = self._has_begun = False
         self._attached = True
 
     def _take_role(self, problem: DistoptError | None, facts: Facts, flats: list[FlatModel]) -> None:
@@ -163,7 +163,7 @@ class CodedTraining:
         """
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ConfigError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
-        self._in_loop = True
+        self._in_loop = self._has_begun = True
         rounds = num_steps + self.scheme.delay if isinstance(self._role, Worker) else num_steps
         yield from self._role.steps(rounds)
         self._in_loop = False
@@ -253,13 +253,24 @@ class CodedTraining:
 
         Raises:
             StateMismatchError: It is no state of a coded training.
+            CompatibilityError: A step was made already.
         """
         known = isinstance(state_dict, Mapping) and state_dict.get("algorithm") == self.algorithm.name
         if not known or state_dict.get("format") != FORMAT:
             raise StateMismatchError(
                 f"the state must be one of {self.algorithm.name!r}, got {state_dict!r}; load what state_dict() gave"
             )
-        self._role.start_at(int(state_dict["step"]), int(state_dict["round"]))
+        step, round = state_dict.get("step"), state_dict.get("round")
+        if not isinstance(step, int) or not isinstance(round, int) or not 0 <= step <= round:
+            raise StateMismatchError(
+                f"the state must have a step and a round, 0 <= step <= round, got {step!r} and {round!r}; load what "
+                "state_dict() gave"
+            )
+        if self._has_begun:
+            raise CompatibilityError(
+                "load_state_dict was called after the first step; call it right after attach, on every rank"
+            )
+        self._role.start_at(step, round)
 
     def detach(self) -> None:
         """Ends this rank's part. The master tells the workers, which may then leave their loops."""

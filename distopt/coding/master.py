@@ -280,7 +280,10 @@ class Master:
         job = self._job_base + due
         self._models[job % len(self._models)].write_gradients(flats, used)
         self._published.pop(job, None)
-        self.statistics.decoded(float(np.linalg.norm(coefficients)))
+        error = 0.0
+        if self._code is not None and not self._code.exact:
+            error = self._code.error([term.worker for term in terms])
+        self.statistics.decoded(float(np.linalg.norm(coefficients)), error)
         return loss / count
 
     def _forget_loop(self) -> None:

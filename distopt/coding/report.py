@@ -50,6 +50,11 @@ def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
         f"Decode amplification: {stats['amplification_mean']:.2f} on average, {stats['amplification_max']:.2f} at "
         f"most; received {stats['bytes_received'] / 1e6:,.1f} MB, sent {stats['bytes_sent'] / 1e6:,.1f} MB"
     )
+    if stats["decode_error_max"]:
+        lines.append(
+            f"The code is approximate: mean squared error of the parts' weights {stats['decode_error_mean']:.2g} on "
+            f"average, {stats['decode_error_max']:.2g} at most"
+        )
     if stats["refused_messages"]:
         lines.append(f"Refused {stats['refused_messages']} messages: {'; '.join(stats['refused'])}")
     if stats["disagreements"]:

@@ -10,8 +10,8 @@ same order, so all decoders of a slice get the same bits, whoever was slow. That
 send is compared, by fingerprints. So the parameters of all ranks stay equal, and a slow rank catches up by applying the
 gradients that it missed.
 
-Limits: the fractional code only; equal bits need processors of one kind. A rank that has not taken `_BACKLOG_BYTES` of
-what it was sent is left behind for good.
+Limits: the fractional code only; equal bits need processors of one kind. A rank that is behind by more than 1 GiB of
+gradients, and by more than 16 of them, is left behind for good: to the others it is gone, and it ends with an error.
 """
 
 import collections
@@ -34,9 +34,9 @@ from distopt.coding.repetition import RepetitionCode
 from distopt.coding.scheme import Task
 from distopt.coding.statistics import Statistics
 from distopt.comm import Message, TensorSpec, Transport, message
-from distopt.errors import CompatibilityError, DecodeError, DesyncError, DistoptError
+from distopt.errors import CompatibilityError, DecodeError, DesyncError, PeerLostError
 
-_BACKLOG_BYTES = 1 << 30
+_BACKLOG_BYTES, _BACKLOG_GRADIENTS = 1 << 30, 16  # whichever is more is kept for a rank that is behind
 _LOOK_S = 0.5
 _COMPARED_ROUNDS = 16  # what comes later than so many steps is not compared any more
 _GOODBYE_S = 10.0
@@ -73,6 +73,9 @@ class Sharded:
         self._deadline_s = deadline_s
         self._unchecked = checks_rules
         self._flat = computation.models[0]
+        gradient_bytes = sum(spec.num_bytes for spec in self._flat.specs)
+        self._backlog_bytes = max(_BACKLOG_BYTES, _BACKLOG_GRADIENTS * gradient_bytes)
+        self._waiting_bytes = 0  # of slices that are decoded and not applied
         self._own_slice = next(i for i, members in enumerate(code.groups) if rows[transport.rank] in members)
         self._specs = [
             [TensorSpec((end - start,), spec.dtype) for spec, (start, end) in zip(self._flat.specs, cut, strict=True)]
@@ -92,7 +95,7 @@ class Sharded:
         self._behind: set[int] = set()
         self._finished: dict[int, int] = {}  # the first step without them, of ranks that have said goodbye
         self._failed: dict[int, str] = {}  # why, of those that left with an error
-        self._failure: DistoptError | None = None
+        self._failure: Exception | None = None
         self._closing = False
         self._server = threading.Thread(target=self._serve, name="distopt-shard", daemon=True)
         self._server.start()
@@ -212,6 +215,7 @@ class Sharded:
             if self._failure is not None:  # also where the gradient is there: parameters drift apart
                 raise self._failure
             found = self._decoded.pop(step)
+            self._waiting_bytes -= sum(_num_bytes(each) for each in found.values())
             return [found[i] for i in range(len(self._code.groups))]
 
     def _decodable_without(self, ranks: Collection[int]) -> bool:
@@ -253,7 +257,7 @@ class Sharded:
             except DecodeError as error:
                 with self._condition:
                     self.statistics.refuse(source, str(error)[:200])
-            except DistoptError as error:
+            except Exception as error:  # whatever it is: the main thread must not wait for a thread that is gone
                 with self._condition:
                     self._failure = error
                     self._condition.notify_all()
@@ -269,6 +273,10 @@ class Sharded:
         elif said.kind == Kind.DECODED:
             index = int(said.numbers[2]) if len(said.numbers) == 3 and said.numbers[2].is_integer() else -1
             self._check(said, index, 3)
+            if self._row_of[said.sender] not in self._code.groups[index]:
+                raise DecodeError(
+                    f"slice {index} is decoded by rows {self._code.groups[index]}, got one of another rank"
+                )
             self._keep_decoded(said, index)
         else:
             raise DecodeError(f"a rank of a sharded training is told slices, got kind {said.kind}")
@@ -319,7 +327,19 @@ class Sharded:
     def _keep_decoded(self, said: Message, index: int) -> None:
         if said.round < self._round:
             return
-        self._decoded[said.round].setdefault(index, said)
+        if index in self._decoded[said.round] or self._failure is not None:
+            return
+        self._decoded[said.round][index] = said
+        self._waiting_bytes += _num_bytes(said)
+        if self._waiting_bytes > self._backlog_bytes:
+            steps, self._waiting_bytes = len(self._decoded), 0
+            self._decoded.clear()
+            raise PeerLostError(
+                f"this rank, {self._transport.rank}, has not applied the gradients of {steps} steps, more than the "
+                f"{self._backlog_bytes} bytes that are kept for it: the others have left it behind; start again from a "
+                "checkpoint, and do what takes long between two loops, on all ranks",
+                (self._transport.rank,),
+            )
 
     def _compare(self, said: Message) -> None:
         """Whether the members of a group sent the same, whoever came first."""
@@ -339,9 +359,13 @@ class Sharded:
     def _post(self, rank: int, frame: Tensor) -> None:
         if rank in self._behind:
             return
-        if self._transport.pending_bytes(rank) > _BACKLOG_BYTES:
+        if self._transport.pending_bytes(rank) > self._backlog_bytes:
             self._behind.add(rank)
             return
         self._transport.send(rank, frame)
         if rank != self._transport.rank:
             self.statistics.bytes_sent += frame.numel()
+
+
+def _num_bytes(said: Message) -> int:
+    return sum(tensor.nbytes for tensor in said.tensors)

@@ -62,6 +62,7 @@ class Statistics:
         self.bytes_received = 0
         self.amplifications: list[float] = []  # largest, sum, last
         self.waited_for_amplification = 0
+        self.error_sum = self.error_max = 0.0
         self.disagreements = 0
         self.history: collections.deque[Arrivals] = collections.deque(maxlen=_KEPT_ROUNDS)
         self._recent: dict[int, Arrivals] = {}
@@ -125,10 +126,17 @@ class Statistics:
         self.rounds += 1
         self.waited_s += seconds
 
-    def decoded(self, amplification: float) -> None:
-        """A gradient was decoded with coefficients of this norm."""
+    def decoded(self, amplification: float, error: float = 0.0) -> None:
+        """A gradient was decoded.
+
+        Args:
+            amplification: Norm of the coefficients.
+            error: Of an approximate code, `Code.error`.
+        """
         largest, total, _ = self.amplifications or (0.0, 0.0, 0.0)
         self.amplifications = [max(largest, amplification), total + amplification, amplification]
+        self.error_sum += error
+        self.error_max = max(error, self.error_max)
         self.steps += 1
 
     def refuse(self, worker: int, reason: str) -> None:
@@ -158,6 +166,8 @@ class Statistics:
             "disagreements": self.disagreements,
             "amplification_mean": total / self.steps if self.steps else 0.0,
             "amplification_max": largest,
+            "decode_error_mean": self.error_sum / self.steps if self.steps else 0.0,
+            "decode_error_max": self.error_max,
             "waited_for_amplification": self.waited_for_amplification,
             "gone": dict(gone),
             "workers": [self._of_worker(worker) for worker in range(len(self.in_time))],

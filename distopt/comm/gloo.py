@@ -4,7 +4,9 @@ What works there with torch 2.13, as measured: one thread per peer that receives
 never sees it complete, a wait with a timeout closes the connection for good, and a pending send cannot be told from a
 finished one. A receive from any source would need one thread for all peers, but when a peer dies in the middle of a
 frame, that receive waits for the rest of it forever, and nobody else is heard any more; with a receive per peer only
-that peer's is lost. A death ends a pending send to the peer with an error, but not always a receive: `probe` tells.
+that peer's is lost. A death may leave a send, too, waiting in the middle of a frame; what it always ends is a receive
+that nothing has come for. So each pair has a second connection on which nothing is said before the end, and one thread
+per peer waits there for its death.
 
 Limits: gloo receives into a buffer of known size, so frames have a largest size, and every receive allocates it anew
 (memory that is not written to is not used); CPU tensors only.
@@ -34,7 +36,7 @@ class GlooTransport:
     """One end of a gloo group. See `distopt.comm.Transport`. Making one is a collective over `process_group`.
 
     Args:
-        process_group: The ranks; the group is only asked who they are, messages take a group of their own.
+        process_group: The ranks; the group is only asked who they are, messages take groups of their own.
         max_frame_bytes: Length of the longest frame that anybody sends.
         peers: Group ranks that this rank exchanges frames with; all others by default. The peers of a rank must have
             it among theirs.
@@ -48,9 +50,10 @@ class GlooTransport:
         peers: Collection[int] | None = None,
     ) -> None:
         members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        group = dist.new_group(members, backend="gloo", timeout=_FOREVER)
-        if not isinstance(group, dist.ProcessGroup):
+        groups = [dist.new_group(members, backend="gloo", timeout=_FOREVER) for _ in range(2)]
+        if not all(isinstance(group, dist.ProcessGroup) for group in groups):
             raise CompatibilityError("this process is not in the group; make the transport on the group's ranks only")
+        group, self._quiet_group = groups
         self._group: dist.ProcessGroup = group
         self.rank = group.rank()
         self.size = group.size()
@@ -68,8 +71,12 @@ class GlooTransport:
             threading.Thread(target=self._receive_from, args=(peer,), name=f"distopt-receive-{peer}", daemon=True)
             for peer in self._peers
         ]
-        for receiver in self._receivers:
-            receiver.start()
+        self._watchers = {
+            peer: threading.Thread(target=self._watch, args=(peer,), name=f"distopt-watch-{peer}", daemon=True)
+            for peer in self._peers
+        }
+        for thread in (*self._receivers, *self._watchers.values()):
+            thread.start()
 
     @property
     def lost(self) -> frozenset[int]:
@@ -107,7 +114,7 @@ class GlooTransport:
             self._post(destination, _signal(_PROBE))
 
     def close(self, timeout_s: float) -> None:
-        """See `Transport.close`. A thread that a frozen or lost peer keeps waiting is left behind with its group."""
+        """See `Transport.close`. A thread that a frozen or lost peer keeps waiting is left behind with the groups."""
         if self._closed:
             return
         self._closed = True
@@ -120,15 +127,19 @@ class GlooTransport:
             time.sleep(_POLL_S)
         self._inbox.put(None)
         time.sleep(_POLL_S)  # threads that have nothing left to wait for are gone by then
-        if any(thread.is_alive() for thread in (*self._receivers, *self._senders.values())):
-            leak_process_groups()  # destroying the group would wait for these threads' operations
+        threads = (*self._receivers, *self._senders.values(), *self._watchers.values())
+        if any(thread.is_alive() for thread in threads):
+            leak_process_groups()  # destroying the groups would wait for these threads' operations
         else:
             dist.destroy_process_group(self._group)
+            dist.destroy_process_group(self._quiet_group)
 
     def _is_quiet(self) -> bool:
         """Whether every peer has closed its end or is lost, and the others have taken everything."""
-        return self._silent.union(self._lost).issuperset(self._peers) and not any(
-            pending for peer, pending in self._pending.items() if peer not in self._lost
+        return all(
+            peer in self._lost
+            or (peer in self._silent and not self._pending[peer] and not self._watchers[peer].is_alive())
+            for peer in self._peers
         )
 
     def _post(self, destination: int, frame: Tensor) -> None:
@@ -148,6 +159,8 @@ class GlooTransport:
         while (frame := outbox.get()) is not None:
             if destination not in self._lost:
                 try:
+                    if frame[0] == _CLOSE:  # first where a death is looked for: after this it is an end like any other
+                        dist.send(frame, group=self._quiet_group, group_dst=destination, tag=_TAG)
                     dist.send(frame, group=self._group, group_dst=destination, tag=_TAG)
                 except RuntimeError:  # gloo's way to say that the connection is gone
                     self._lose(destination)
@@ -170,6 +183,12 @@ class GlooTransport:
             if buffer[0] != _PROBE:
                 self._inbox.put((peer, buffer))
             del buffer  # belongs to whoever receives it
+
+    def _watch(self, peer: int) -> None:
+        try:
+            dist.recv(_signal(_PROBE), group=self._quiet_group, group_src=peer, tag=_TAG)
+        except RuntimeError:
+            self._lose(peer)
 
     def _lose(self, rank: int) -> None:
         with self._lock:

@@ -167,6 +167,7 @@ class MPITransport:
 
     def probe(self, destination: int) -> None:
         """See `Transport.probe`."""
+        self._check()
         if not self._unsent_frames.get(destination, 1) and not self._closed:
             self._post(destination, _nothing(), _PROBE)
 
@@ -287,8 +288,12 @@ class MPITransport:
             matched += 1
             source = status.Get_source()
             frame = torch.empty(status.Get_count(self._mpi.BYTE), dtype=torch.uint8)
-            request = message.Irecv(frame.numpy())
-            self._incoming[source].append(_Transfer(request, frame, status.Get_tag()))
+            try:
+                request = message.Irecv(frame.numpy())
+            except self._mpi.Exception as error:  # its sender has died since
+                self._blame(source, error)
+            else:
+                self._incoming[source].append(_Transfer(request, frame, status.Get_tag()))
         return matched
 
     def _finish_receives(self) -> int:

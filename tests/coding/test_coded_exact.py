@@ -281,12 +281,14 @@ def test_more_parts_than_samples_and_losses_that_count_for_themselves():
 
 def test_approximate_steps_are_near_the_exact_ones():
     def slow(rank, step):
-        if rank.end.rank == 1:
-            time.sleep(0.1)
+        if rank.end.rank in (1, 5):  # all who hold a quarter of the parts
+            time.sleep(0.2)
 
-    options = {"copies": 2, "accept": 0.2}
-    ranks = train(5, 10, before=slow, code="approximate", options=options, loss=by_samples)
+    options = {"copies": 2, "accept": 0.3}
+    ranks = train(9, 10, before=slow, code="approximate", options=options, loss=by_samples)
     exact = uncoded([build()], 10)[0]
+    assert 0 < ranks[0].stats["decode_error_mean"] <= ranks[0].stats["decode_error_max"] <= 0.3
+    assert "The code is approximate" in ranks[0].report
     assert (parameters(ranks[0].models[0]) - exact).norm() < 0.5 * (exact - parameters(build())).norm()
 
 

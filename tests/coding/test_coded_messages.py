@@ -7,7 +7,7 @@ import pytest
 import torch
 from coded_job import build, finish, parameters, sgd, start, sum_loss, train, uncoded
 
-from distopt.coding import Batches, GradientCoding, attachment, flat
+from distopt.coding import Batches, GradientCoding, attachment, flat, fractional, placement, sharded
 from distopt.coding.answer import Answer, TaskResult, to_message
 from distopt.coding.master import WINDOW
 from distopt.coding.orders import Kind, reason_message, tasks_of, text_message, text_of
@@ -42,6 +42,18 @@ WRONG = {
 }
 
 
+GROUP_OF_RANK_1 = next(
+    i for i, members in enumerate(fractional(4, 1).groups) if placement(fractional(4, 1), 4 * ["x"])[1] in members
+)
+
+
+def decoded_for(step, *, slice):
+    length = sum(p.numel() for p in build().parameters())
+    cut = length * (slice + 1) // 2 - length * slice // 2
+    tensors = (torch.ones(4, dtype=torch.uint8), torch.full((cut,), 1e6, dtype=torch.float64))
+    return message.encode(Message(Kind.DECODED, step, 1, tensors, (1.0, 40.0, float(slice))))
+
+
 def slice_for(step, *, slices=3, length=3):
     numbers = (1.0, 40.0, 0.1, 0.0, 0.0)[: slices + 2]
     tensors = (torch.ones(4, dtype=torch.uint8), torch.ones(length, dtype=torch.float64))
@@ -54,6 +66,7 @@ WRONG_SLICES = {
     "a kind": WRONG["a kind"],
     "a shape": lambda step: slice_for(step),
     "too few numbers": lambda step: slice_for(step, slices=1),
+    "a slice that another group decodes": lambda step: decoded_for(step, slice=1 - GROUP_OF_RANK_1),
     "a slice that there is not": lambda step: message.encode(Message(Kind.DECODED, step, 1, (), (1.0, 40.0, 99.0))),
 }
 CASES = [("first", wrong) for wrong in WRONG] + [("sharded", wrong) for wrong in WRONG_SLICES]
@@ -228,6 +241,25 @@ def test_a_reason_fits_into_every_frame():
         assert message.encode(said).numel() <= attachment._TEXT_BYTES
         assert text.startswith(text_of(said))
         assert len(text_of(said)) > 1000
+
+
+def test_a_sharded_rank_that_is_far_behind_is_left_behind(monkeypatch):
+    """What is kept for it is bounded; the others go on."""
+    monkeypatch.setattr(sharded, "_BACKLOG_BYTES", 0)
+    others_ended = threading.Event()
+
+    def pause(rank, step):
+        if rank.end.rank == 1 and step == 2:
+            others_ended.wait(60.0)
+        if rank.end.rank == 0 and step == 99:
+            others_ended.set()
+
+    ranks = finish(start(4, 100, before=pause, master="sharded"))
+    assert isinstance(ranks[1].error, PeerLostError)
+    assert "this rank, 1, has not applied the gradients of 16 steps" in str(ranks[1].error)
+    for rank in (0, 2, 3):
+        assert ranks[rank].error is None
+        assert (parameters(ranks[rank].models[0]) - uncoded([build()], 100)[0]).abs().max() <= 1e-12
 
 
 def test_silence_beyond_the_deadline_ends_the_training():

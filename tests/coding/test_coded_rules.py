@@ -311,6 +311,11 @@ def test_the_state_of_something_else():
     ranks = train(3, 2)
     with pytest.raises(StateMismatchError, match="load what state_dict"):
         ranks[0].coded.load_state_dict({"algorithm": "dgc", "step": 3})
+    for wrong in ({"step": None}, {"round": -1}, {"step": 3, "round": 2}):
+        with pytest.raises(StateMismatchError, match="0 <= step <= round"):
+            ranks[0].coded.load_state_dict({**ranks[0].state, **wrong})
+    with pytest.raises(CompatibilityError, match="right after attach"):
+        ranks[0].coded.load_state_dict(ranks[0].state)
     assert len(ends) == 3
 
 

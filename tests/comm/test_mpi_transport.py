@@ -32,7 +32,7 @@ def receive():
 def wait_until(condition):
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "did not happen"
+        assert time.monotonic() < end, f"did not happen; lost: {transport.lost}"
         time.sleep(0.01)
 
 def threads():
@@ -56,7 +56,7 @@ while sum(map(len, arrived.values())) < 3 * len(lengths):
     assert got.dtype == torch.uint8 and got.numel() == lengths[value - 1] and bool((got == value).all())
     arrived[source].append(value)
 assert all(values == list(range(1, 41)) for values in arrived.values()), arrived
-assert transport.receive(0.0) is None and transport.receive(0.05) is None
+transport._mpi.COMM_WORLD.Barrier()  # a script may use MPI itself
 
 # What cannot be sent is refused in the call, and probes are never delivered.
 two_dimensional = torch.zeros(2, 2, dtype=torch.uint8)
@@ -66,7 +66,9 @@ for wrong in (frame(1, 100 * MIB + 1), frame(1, 0), torch.zeros(4), two_dimensio
     except ConfigError:
         continue
     raise SystemExit(f"not refused: {wrong.dtype} {wrong.shape}")
-transport.probe((rank + 1) % 3)
+transport.probe(2)
+if rank == 2:  # nobody has anything else for this rank until it has told its process
+    assert transport.receive(0.0) is None and transport.receive(0.1) is None
 
 # A large frame does not hold up those of others, and those behind it do not overtake it.
 if rank == 1:
