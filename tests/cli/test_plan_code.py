@@ -22,18 +22,18 @@ def asked(path, *arguments):
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("trace") / "round-times.csv"
     cluster = Cluster(workers=8, seconds_per_load=40.0, burst_probability=0.03, burst_rounds=1.0)
-    cluster.trace(40, 0, load=1 / 8).save(path)
+    cluster.trace(20, 0, load=1 / 8).save(path)
     return path
 
 
 def test_a_table_a_configuration_and_the_figures(trace, tmp_path):
     said = asked(trace, "--top", 3, "--out", tmp_path)
-    assert "round-times.csv: 8 workers, 40 rounds; 40 gradients, stop rule decodable" in said
+    assert "round-times.csv: 8 workers, 20 rounds; 20 gradients, stop rule decodable" in said
     found = json.loads((tmp_path / "plan-code.json").read_text())
     assert found["trace"] == {
         "file": "round-times.csv",
         "workers": 8,
-        "rounds": 40,
+        "rounds": 20,
         "load": 0.125,
         "seconds_per_load": 40.0,
     }
@@ -47,8 +47,8 @@ def test_a_table_a_configuration_and_the_figures(trace, tmp_path):
 
 
 def test_only_schemes_for_one_model(trace):
-    said = asked(trace, "--only-live", "--jobs", 20, "--stop", "paper")
-    assert "20 gradients, stop rule paper" in said
+    said = asked(trace, "--only-live", "--jobs", 15, "--stop", "paper")
+    assert "15 gradients, stop rule paper" in said
     assert "SGC" not in said
     assert "steps old" not in said
 
