@@ -14,7 +14,7 @@ from distopt.coding.parity import Disagreement, disagreement, fingerprint
 from distopt.coding.placement import placement
 from distopt.coding.planning import FAMILIES, Candidate, plan
 from distopt.coding.repetition import RepetitionCode, binary, fractional
-from distopt.coding.scheme import Part, Run, Scheme, Task
+from distopt.coding.scheme import Run, Scheme, Task, Term
 from distopt.coding.sequential import SequentialCode
 from distopt.coding.simulation import Simulated, replay, simulate
 from distopt.coding.srsgc import SRSGC
@@ -47,7 +47,6 @@ __all__ = [
     "Minimal",
     "OneRound",
     "Paper",
-    "Part",
     "PerRound",
     "RepetitionCode",
     "Run",
@@ -57,6 +56,7 @@ __all__ = [
     "StopRule",
     "StragglerModel",
     "Task",
+    "Term",
     "Trace",
     "Uncoded",
     "approximate",

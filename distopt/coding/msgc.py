@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from distopt.coding.scheme import Part, Task
+from distopt.coding.scheme import Task, Term
 from distopt.coding.sequential import SequentialCode, SequentialRun
 from distopt.coding.stragglers import Arbitrary, Bursty, StragglerModel
 from distopt.errors import ConfigError
@@ -195,7 +195,7 @@ class MSGCRun(SequentialRun):
         workers: list[int] = np.flatnonzero(lacking).tolist()
         return workers
 
-    def _combination(self, job: int) -> list[Part]:
+    def _combination(self, job: int) -> list[Term]:
         state = self._jobs[job]
         terms = [(worker, chunk, 1.0) for worker in range(self.scheme.n) for chunk in range(state.num_private)]
         for group in range(self.scheme.burst if self.scheme.coded else 0):
@@ -203,7 +203,7 @@ class MSGCRun(SequentialRun):
             place = state.num_private + group
             terms += [(worker, place, float(coefficients[worker])) for worker in np.flatnonzero(coefficients).tolist()]
         return [
-            Part(int(state.came[worker, place, 0]), worker, int(state.came[worker, place, 1]), coefficient)
+            Term(int(state.came[worker, place, 0]), worker, int(state.came[worker, place, 1]), coefficient)
             for worker, place, coefficient in terms
         ]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distopt.coding.code import Code
-from distopt.coding.scheme import Part, Run, Scheme, Task
+from distopt.coding.scheme import Run, Scheme, Task, Term
 from distopt.config import check_count
 
 
@@ -76,9 +76,9 @@ class _OneRoundRun(Run):
     def _lacking(self, job: int) -> list[int]:
         return [] if self.scheme.code.decodable(self._survivors()) else self.missing(job)
 
-    def _combination(self, job: int) -> list[Part]:
+    def _combination(self, job: int) -> list[Term]:
         coefficients = self.scheme.code.decode(self._survivors())
-        return [Part(job, int(worker), 0, float(coefficients[worker])) for worker in np.flatnonzero(coefficients)]
+        return [Term(job, int(worker), 0, float(coefficients[worker])) for worker in np.flatnonzero(coefficients)]
 
 
 class Uncoded(Scheme):
@@ -138,5 +138,5 @@ class _UncodedRun(Run):
     def _lacking(self, job: int) -> list[int]:
         return self.missing(job)
 
-    def _combination(self, job: int) -> list[Part]:
-        return [Part(job, worker, 0, 1.0) for worker in range(self.scheme.num_workers)]
+    def _combination(self, job: int) -> list[Term]:
+        return [Term(job, worker, 0, 1.0) for worker in range(self.scheme.num_workers)]

@@ -36,7 +36,7 @@ class Task:
     row: tuple[tuple[int, float], ...]
 
 
-class Part(NamedTuple):
+class Term(NamedTuple):
     """One term of a decoded gradient: `coefficient` times the vector of task `task` in a worker's answer."""
 
     round: int
@@ -106,7 +106,7 @@ class Run(ABC):
         self.round = -1
         self._tasks: dict[int, list[list[Task]]] = {}  # of the rounds whose jobs may still need an answer
         self._answered: dict[int, NDArray[np.bool_]] = {}
-        self._decoded: dict[int, list[Part]] = {}
+        self._decoded: dict[int, list[Term]] = {}
         self._undecoded: set[int] = set()  # jobs that were not decodable when they were due
 
     def tasks(self, round: int) -> list[list[Task]]:
@@ -191,7 +191,7 @@ class Run(ABC):
             return job not in self._undecoded
         return job in self._decoded or not self._lacking(job)
 
-    def decode(self, job: int) -> list[Part]:
+    def decode(self, job: int) -> list[Term]:
         """The terms whose sum is the job's gradient; answers that come after this are ignored for this job.
 
         Raises:
@@ -226,7 +226,7 @@ class Run(ABC):
         """The workers without whom the job does not decode yet, empty if it does."""
 
     @abstractmethod
-    def _combination(self, job: int) -> list[Part]:
+    def _combination(self, job: int) -> list[Term]:
         """The terms of a job that lacks nobody."""
 
     def _end_round(self, stragglers: NDArray[np.bool_]) -> None:  # noqa: B027  # nothing to do is the default

@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from distopt.coding.scheme import Part, Task
+from distopt.coding.scheme import Task, Term
 from distopt.coding.sequential import SequentialCode, SequentialRun
 from distopt.coding.stragglers import Bursty, PerRound, StragglerModel
 from distopt.errors import ConfigError
@@ -118,11 +118,11 @@ class SRSGCRun(SequentialRun):
         workers: list[int] = [] if self.scheme.decodes(here) else np.flatnonzero(~here).tolist()
         return workers
 
-    def _combination(self, job: int) -> list[Part]:
+    def _combination(self, job: int) -> list[Term]:
         came_in = self._came_in[job]
         coefficients = self.scheme.inner.decode(np.flatnonzero(came_in >= 0).tolist())
         return [
-            Part(int(came_in[worker]), int(worker), 0, float(coefficients[worker]))
+            Term(int(came_in[worker]), int(worker), 0, float(coefficients[worker]))
             for worker in np.flatnonzero(coefficients)
         ]
 
