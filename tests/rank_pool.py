@@ -38,8 +38,18 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
 
-    def __call__(self, function: Callable[..., Any], *args: Any, deadline_s: float = DEADLINE_S, **kwargs: Any) -> list:
-        """The function's results in rank order. Raises `RankFailure` with the tracebacks of the ranks that raised."""
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        deadline_s: float = DEADLINE_S,
+        grace_s: float = _GRACE_S,
+        **kwargs: Any,
+    ) -> list:
+        """The function's results in rank order. Raises `RankFailure` with the tracebacks of the ranks that raised.
+
+        After a failure the others have `grace_s` to report; give more where they are meant to go on.
+        """
         if any(not process.is_alive() for process in self._processes):
             self.close()  # ended between two calls
         if not self._processes:
@@ -62,7 +72,7 @@ class RankPool:
                     outcome, value = "failed", "the process died"
                 (results if outcome == "done" else failures)[rank] = value
                 if outcome == "failed":
-                    end = min(end, time.monotonic() + _GRACE_S)
+                    end = min(end, time.monotonic() + grace_s)
         if failures or len(results) < self.size:
             silent = sorted(set(range(self.size)) - set(results) - set(failures))
             self._show_stacks(silent)

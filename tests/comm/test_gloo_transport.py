@@ -141,7 +141,7 @@ def test_a_death_in_the_middle_of_a_frame_and_a_freeze_do_not_stop_the_others(tm
         pool._start()
         threading.Thread(target=signal_when_frozen, args=(pool._processes[2].pid, 0.7)).start()
         with pytest.raises(AssertionError, match="rank 1 ---\nthe process died") as failure:
-            pool(with_deaths, tmp_path, 20.0, deadline_s=50.0)
+            pool(with_deaths, tmp_path, 20.0, deadline_s=50.0, grace_s=50.0)
         assert failure.value.args[0].count("---") == 2, failure.value
     finally:
         pool.close()
@@ -168,7 +168,7 @@ def test_a_peer_that_is_lost_before_anything_was_sent_to_it(tmp_path):
     pool = RankPool(3)
     try:
         with pytest.raises(AssertionError, match="rank 1 ---\nthe process died") as failure:
-            pool(beside_one_that_dies_at_once, tmp_path, deadline_s=50.0)
+            pool(beside_one_that_dies_at_once, tmp_path, deadline_s=50.0, grace_s=50.0)
         assert failure.value.args[0].count("---") == 2, failure.value
     finally:
         pool.close()
@@ -201,7 +201,7 @@ def test_a_death_with_frames_on_their_way_in_both_directions_is_noticed(tmp_path
         victim = (pool._processes[0].pid, 0.3, signal.SIGKILL)
         threading.Thread(target=signal_when_frozen, args=victim).start()
         with pytest.raises(AssertionError, match="rank 0 ---\nthe process died"):
-            pool(with_frames_both_ways, tmp_path, 20.0, signal.SIGSTOP, deadline_s=50.0)
+            pool(with_frames_both_ways, tmp_path, 20.0, signal.SIGSTOP, deadline_s=50.0, grace_s=50.0)
     finally:
         pool.close()
     assert [(tmp_path / str(rank)).read_text() for rank in (1, 2, 3)] == ["[0]"] * 3
@@ -216,7 +216,7 @@ def test_no_death_with_frames_on_their_way_in_both_directions_is_overlooked(tmp_
             folder = tmp_path / str(number)
             folder.mkdir()
             with pytest.raises(AssertionError, match="rank 0 ---\nthe process died"):
-                pool(with_frames_both_ways, folder, 2.5, signal.SIGKILL, deadline_s=30.0)
+                pool(with_frames_both_ways, folder, 2.5, signal.SIGKILL, deadline_s=30.0, grace_s=30.0)
             found = {path.name: path.read_text() for path in folder.iterdir()}
             assert found == dict.fromkeys("123", "[0]"), f"death {number}"
     finally:
