@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distopt.coding import answer as answers
 from distopt.coding import report as reports
@@ -91,8 +91,11 @@ class CodedTraining:
     def _take_role(self, problem: DistoptError | None, facts: Facts, flats: list[FlatModel]) -> None:
         algorithm = self.algorithm
         node = [os.environ.get("GROUP_RANK"), socket.gethostname()]
-        meet = gather if self.rank == MASTER else greet
-        nodes = meet(self._transport, facts, node, problem, algorithm.deadline_s)
+        early: Sequence[tuple[int, Tensor]] = ()
+        if self.rank == MASTER:
+            nodes = gather(self._transport, facts, node, problem, algorithm.deadline_s)
+        else:
+            nodes, early = greet(self._transport, facts, node, problem, algorithm.deadline_s)
         computation = Computation(flats, self.scheme.chunks, self.batches, algorithm.seed)
         self._role: Master | Worker | Sharded
         if algorithm.master == "sharded":
@@ -105,6 +108,7 @@ class CodedTraining:
                 computation,
                 deadline_s=algorithm.deadline_s,
                 checks_rules=algorithm.check_rules,
+                early=early,
             )
         elif self.rank == MASTER:
             self._role = Master(

@@ -7,6 +7,8 @@ of leaving the others waiting.
 import time
 from typing import Any
 
+from torch import Tensor
+
 from distopt.coding.orders import Kind, text_message, text_of
 from distopt.comm import Message, Transport, message
 from distopt.errors import CompatibilityError, DesyncError, DistoptError, PeerLostError
@@ -18,8 +20,8 @@ Facts = dict[str, Any]  # what must be equal on all ranks, by name
 
 def greet(
     transport: Transport, facts: Facts, node: object, problem: DistoptError | None, timeout_s: float
-) -> list[Any]:
-    """A worker's side; returns the nodes of all ranks, in rank order.
+) -> tuple[list[Any], list[tuple[int, Tensor]]]:
+    """A worker's side; returns the nodes of all ranks, in rank order, and frames of ranks that were welcomed earlier.
 
     Args:
         transport: To the master.
@@ -37,15 +39,19 @@ def greet(
     if problem is not None:
         raise problem
     patience_s = 2 * timeout_s  # the master waits for others as long as that, and then says for whom
-    answer = _next(transport, patience_s)
-    if answer is None:
-        raise PeerLostError(f"the master, rank 0, did not answer within {patience_s:g} s; did it start?", (MASTER,))
-    if answer[1].kind != Kind.WELCOME:
-        raise DesyncError(f"the master said kind {answer[1].kind} before it said welcome; start all ranks again")
-    told = text_of(answer[1])
+    end = time.monotonic() + patience_s
+    early: list[tuple[int, Tensor]] = []  # between two ranks messages keep their order, among three they do not
+    while True:
+        got = transport.receive(max(0.0, end - time.monotonic()))
+        if got is None:
+            raise PeerLostError(f"the master, rank 0, did not answer within {patience_s:g} s; did it start?", (MASTER,))
+        if got[0] == MASTER and (answer := message.decode(got[1])).kind == Kind.WELCOME:
+            break
+        early.append(got)
+    told = text_of(answer)
     if told["refusal"]:
         raise DesyncError(str(told["refusal"]))
-    return [_hashable(node) for node in told["nodes"]]
+    return [_hashable(node) for node in told["nodes"]], early
 
 
 def gather(

@@ -52,6 +52,7 @@ class Sharded:
         computation: Of this rank.
         deadline_s: How long a step may take.
         checks_rules: Whether to check the model's rules before the first gradient.
+        early: Frames, with their sources, of ranks that began before this one was ready.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Sharded:
         *,
         deadline_s: float,
         checks_rules: bool,
+        early: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
         self.statistics = Statistics(code.num_workers)
         self._transport = transport
@@ -97,7 +99,7 @@ class Sharded:
         self._failed: dict[int, str] = {}  # why, of those that left with an error
         self._failure: Exception | None = None
         self._closing = False
-        self._server = threading.Thread(target=self._serve, name="distopt-shard", daemon=True)
+        self._server = threading.Thread(target=self._serve, args=(early,), name="distopt-shard", daemon=True)
         self._server.start()
 
     @property
@@ -240,9 +242,10 @@ class Sharded:
 
     # -- serving -------------------------------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def _serve(self, early: Sequence[tuple[int, Tensor]]) -> None:
+        waiting = collections.deque(early)
         while not self._closing:
-            got = self._transport.receive(0.2)
+            got = waiting.popleft() if waiting else self._transport.receive(0.2)
             if got is None:
                 continue
             source, frame = got

@@ -7,7 +7,7 @@ import pytest
 import torch
 from coded_job import build, finish, parameters, sgd, start, sum_loss, train, uncoded
 
-from distopt.coding import Batches, GradientCoding, attachment, flat, fractional, placement, sharded
+from distopt.coding import Batches, GradientCoding, attachment, flat, fractional, handshake, placement, sharded
 from distopt.coding.answer import Answer, TaskResult, to_message
 from distopt.coding.master import WINDOW
 from distopt.coding.orders import Kind, reason_message, tasks_of, text_message, text_of
@@ -283,3 +283,14 @@ def test_a_worker_without_a_master_says_so():
     for rank in ranks[1:]:
         assert isinstance(rank.error, PeerLostError)
         assert rank.error.ranks == (0,)
+
+
+def test_a_slice_of_a_rank_that_was_welcomed_earlier_is_kept():
+    """Rank 1 has rank 2's slice before the master's welcome, which comes last: nothing of it may be lost."""
+    ends = InProcess.connect(2)
+    early = slice_for(0)
+    ends[1].send(1, early)  # comes from rank 1 itself: any rank but the master
+    ends[0].send(1, message.encode(text_message(Kind.WELCOME, 0, 0, {"refusal": None, "nodes": ["a", "b"]})))
+    nodes, kept = handshake.greet(ends[1], {}, "b", None, 1.0)
+    assert nodes == ["a", "b"]
+    assert [(source, frame is early) for source, frame in kept] == [(1, True)]
