@@ -13,13 +13,20 @@ import tomllib
 import pytest
 
 import distopt
+from distopt.coding import MSGC, SRSGC, GradientCoding
 from distopt.config import Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
-REQUIRED = {ListWarmup: {"densities": (0.25, 0.05)}, Link: {"latency_s": 1e-4, "bandwidth": 1e8}}
+SEQUENTIAL = {"n": 8, "burst": 1, "window": 3, "stragglers": 2}
+REQUIRED = {
+    ListWarmup: {"densities": (0.25, 0.05)},
+    Link: {"latency_s": 1e-4, "bandwidth": 1e8},
+    SRSGC: SEQUENTIAL,
+    MSGC: SEQUENTIAL,
+}
 
 GOOD = {
     "density": [1, 1.0, 0.25, 1e-3, 1e-12],
@@ -48,6 +55,22 @@ GOOD = {
     "stage": [1, 4],
     "steps_per_epoch": [None, 1, 500],
     "stages": [1, 5],
+    "n": [3, 8, 256],
+    "burst": [1, 2],
+    "window": [3, 5],
+    "code": ["binary", "cyclic"],
+    "stragglers": [0, 1, 2],
+    "options": [{}, {"copies": 3}],
+    "scheme": [None, MSGC(**SEQUENTIAL), {"scheme": "m-sgc", "burst": 1, "window": 2, "stragglers": 1}],
+    "master": ["first", "sharded"],
+    "stop": ["decodable", "minimal", "paper"],
+    "mu": [0, 0.5, 2],
+    "amplification_limit": [1.0, 1e6],
+    "deadline_s": [0.1, 3600],
+    "replicas": ["error", "warn", "ignore"],
+    "replica_tolerance": [None, 1e-6],
+    "check_rules": [True, False],
+    "seed": [0, 7],
 }
 GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
 
@@ -96,6 +119,22 @@ BAD = {
     ],
     "steps_per_epoch": [(value, "must be an integer of at least 1", "use len(loader)") for value in NOT_COUNTS],
     "stages": [(value, "must be an integer of at least 1", "the paper 4") for value in [*NOT_COUNTS, None]],
+    "n": [(value, "must be an integer of at least 1", "number of workers") for value in [*NOT_COUNTS, None]],
+    "burst": [(value, "must be an integer of at least 1", "in rounds") for value in [*NOT_COUNTS, None]],
+    "window": [(value, "must be an integer of at least 2", "in rounds") for value in [*NOT_COUNTS, 1, None]],
+    "code": [(value, "must be one of", "'cyclic'") for value in ("turbo", None, 3)],
+    "stragglers": [(value, "must be an integer of at least 0", "straggle") for value in (-1, 1.5, "2", None)],
+    "options": [(value, "must be a mapping", '{"copies": 3}') for value in (3, None, [("copies", 3)])],
+    "scheme": [(value, "must be a sequential code", '"m-sgc"') for value in (3, "m-sgc", MSGC)],
+    "master": [(value, "must be one of 'first', 'sharded'") for value in ("last", None)],
+    "stop": [(value, "must be one of 'decodable', 'minimal', 'paper'") for value in ("never", None)],
+    "mu": [(value, "must be a number of at least 0", "1.0") for value in (-1.0, math.nan, "1", None)],
+    "amplification_limit": [(value, "must be a number above 0", "100.0") for value in (0, -1.0, math.nan, "1", None)],
+    "deadline_s": [(value, "must be a number above 0", "300.0") for value in (0, -1.0, math.inf, "1", None)],
+    "replicas": [(value, "must be one of 'error', 'warn', 'ignore'") for value in ("shrug", None)],
+    "replica_tolerance": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.nan, "1")],
+    "check_rules": [(value, "must be True or False") for value in (0, "no", None)],
+    "seed": [(value, "must be an integer of at least 0", "every rank") for value in (-1, 1.5, "0", None)],
 }
 BAD_FOR = {
     (ListWarmup, "densities"): [
@@ -137,7 +176,7 @@ EVERY_BAD = [
 
 
 def test_there_are_classes_and_each_is_known_by_its_name():
-    assert {DGC, TopK, Dense, PaperWarmup, ExponentialWarmup, ListWarmup} <= set(CLASSES)
+    assert {DGC, TopK, Dense, GradientCoding, MSGC, PaperWarmup, ExponentialWarmup, ListWarmup} <= set(CLASSES)
     for kind in KINDS:
         assert all(made.name == name and made.tag == kind.tag for name, made in kind._known.items())
 
@@ -206,9 +245,8 @@ def test_an_unknown_key_names_the_known_ones(made):
 def test_an_unknown_algorithm_names_the_known_ones(name):
     with pytest.raises(ConfigError) as caught:
         from_config({"algorithm": name})
-    assert (
-        str(caught.value) == f"'algorithm' must be one of dense, dgc, topk, got {name!r}; add it to the configuration"
-    )
+    known = "dense, dgc, gradient-coding, topk"
+    assert str(caught.value) == f"'algorithm' must be one of {known}, got {name!r}; add it to the configuration"
 
 
 @pytest.mark.parametrize("mapping", [None, "dgc", 3, ["algorithm", "dgc"]])

@@ -84,7 +84,9 @@ class GradientCoding(Algorithm, name="gradient-coding"):
             raise ConfigError(f'options must be a mapping, got {self.options!r}; use {{"copies": 3}}')
         object.__setattr__(self, "options", FrozenMapping(self.options))
         if isinstance(self.scheme, Mapping):
-            object.__setattr__(self, "scheme", FrozenMapping(self.scheme))
+            complete = "n" in self.scheme  # else it is made when the number of workers is known
+            made = SequentialCode.from_dict(self.scheme) if complete else FrozenMapping(self.scheme)
+            object.__setattr__(self, "scheme", made)
         elif self.scheme is not None and not isinstance(self.scheme, SequentialCode):
             raise ConfigError(
                 f"scheme must be a sequential code or its configuration, got {self.scheme!r}; use "
