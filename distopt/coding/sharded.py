@@ -91,6 +91,7 @@ class Sharded:
         # By round and group: who was first, and the fingerprint of what it sent for the own slice.
         self._seen: dict[int, dict[int, tuple[int, tuple[float, ...]]]] = collections.defaultdict(dict)
         self._decoded_here = -1  # rounds of the own slice up to this one are decoded and sent
+        self._taken = -1  # the gradients of rounds up to this one are taken: what still comes for them is not kept
         self._starts: dict[int, float] = {}
         # By step and rank: seconds that those computed whose slices came before this rank began the step.
         self._early: dict[int, dict[int, float]] = collections.defaultdict(dict)
@@ -110,7 +111,7 @@ class Sharded:
     def start_at(self, job: int, round: int) -> None:
         """Goes on with this step, before the first one."""
         self._round = round
-        self._decoded_here = round - 1
+        self._decoded_here = self._taken = round - 1
 
     @property
     def gone(self) -> dict[int, str]:
@@ -217,6 +218,7 @@ class Sharded:
             if self._failure is not None:  # also where the gradient is there: parameters drift apart
                 raise self._failure
             found = self._decoded.pop(step)
+            self._taken = step
             self._waiting_bytes -= sum(_num_bytes(each) for each in found.values())
             return [found[i] for i in range(len(self._code.groups))]
 
@@ -328,7 +330,7 @@ class Sharded:
         return Message(Kind.DECODED, step, self._transport.rank, (used, *vectors), numbers)
 
     def _keep_decoded(self, said: Message, index: int) -> None:
-        if said.round < self._round:
+        if said.round <= self._taken:
             return
         if index in self._decoded[said.round] or self._failure is not None:
             return

@@ -6,6 +6,7 @@ rank that ends has noticed what happened, and has not run into a timeout.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -169,4 +170,6 @@ def test_sharded_one_more_than_s_killed_ends_all_with_their_names(job):
         assert ranks.finish() == [-signal.SIGKILL, 1, -signal.SIGKILL, 1], ranks.said()
         for survivor in (1, 3):
             said = ranks.errors(survivor)
-            assert "DecodeError: step 5 cannot be decoded without rank 0 (its connection is gone), rank 2 (" in said
+            # Rank 2 dies in step 5; what it decoded in step 4 may have reached some of the others only.
+            without = r"DecodeError: step [45] cannot be decoded without rank 0 \(its connection is gone\), rank 2 \("
+            assert re.search(without, said), said

@@ -243,7 +243,20 @@ def test_a_reason_fits_into_every_frame():
         assert len(text_of(said)) > 1000
 
 
-@pytest.mark.slow  # the others take a minute now and then on a busy machine: to be understood
+def test_nothing_is_kept_of_a_gradient_that_is_taken(monkeypatch):
+    """Each slice comes from two ranks, and one of them may come while the gradient is written."""
+    write = flat.FlatModel.write_gradients
+
+    def slowly(self, *arguments):
+        time.sleep(0.02)  # the others' slices of this step come now
+        write(self, *arguments)
+
+    monkeypatch.setattr(flat.FlatModel, "write_gradients", slowly)
+    for rank in train(4, STEPS, master="sharded"):
+        assert rank.coded._role._decoded == {}
+        assert rank.coded._role._waiting_bytes == 0
+
+
 def test_a_sharded_rank_that_is_far_behind_is_left_behind(monkeypatch):
     """What is kept for it is bounded; the others go on."""
     monkeypatch.setattr(sharded, "_BACKLOG_BYTES", 0)
