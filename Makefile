@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi
+.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -28,7 +28,10 @@ demo: setup  ## train a model three ways (dense, top-k, DGC) on 2 ranks; a table
 	$(BIN)/distopt compare
 
 test: setup  ## the tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not job"
+
+test-jobs: setup  ## whole jobs under torchrun, mpirun and across network namespaces, faults among them; and builds
+	$(BIN)/python -m pytest -m "job and not slow"
 
 test-slow: setup  ## the full-length tests
 	$(BIN)/python -m pytest -m slow

@@ -135,6 +135,7 @@ def failing(tmp_path_factory):
         return {name: launched.result(100) for name, launched in started.items()}
 
 
+@pytest.mark.job
 @pytest.mark.timeout(110)
 def test_a_deadline_ends_the_ranks_it_started_and_says_so(failing):
     message, pids = failing["deadline"].message, failing["deadline"].pids
@@ -144,6 +145,7 @@ def test_a_deadline_ends_the_ranks_it_started_and_says_so(failing):
     assert wait_until_gone(pids)
 
 
+@pytest.mark.job
 @pytest.mark.timeout(110)
 def test_a_dead_rank_is_an_error_with_the_end_of_the_log(failing):
     assert "SIGKILL" in failing["killed"].message

@@ -98,6 +98,26 @@ class Rank:
             self.error = error
 
 
+def together(work, ends, *, deadline_s=30.0):
+    """Calls `work(end)` of all these ends side by side, and returns the errors by rank."""
+    errors = {}
+
+    def guarded(end):
+        try:
+            work(end)
+        except Exception as error:
+            errors[end.rank] = error
+
+    threads = [threading.Thread(target=guarded, args=(end,), daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    last = time.monotonic() + deadline_s
+    for end, thread in zip(ends, threads, strict=True):
+        thread.join(max(0.0, last - time.monotonic()))
+        assert not thread.is_alive(), f"rank {end.rank} has not ended"
+    return errors
+
+
 def by_samples(model, part):
     return sum_loss(model, part.samples)
 

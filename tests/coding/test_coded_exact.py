@@ -1,7 +1,6 @@
 """Law of the live training: whoever is slow, the parameters are those of uncoded full-batch steps."""
 
 import random
-import threading
 import time
 
 import pytest
@@ -17,6 +16,7 @@ from coded_job import (
     sgd,
     start,
     sum_loss,
+    together,
     train,
     uncoded,
 )
@@ -145,30 +145,22 @@ def test_sequential_codes_train_models_in_turns_or_one_with_old_gradients(scheme
 def test_a_loop_that_the_master_leaves_early_may_be_followed_by_another(delay):
     """Jobs that are under way when it does are done again, by the parameters of then."""
     config = {"scheme": MSGC(n=4, burst=1, window=2, stragglers=1)} if delay else {}
-    ends = InProcess.connect(5)
-    models, states, errors = [build() for _ in ends], {}, {}
+    models, states = [build() for _ in range(5)], {}
 
-    def work(end, model):
+    def work(end):
+        model = models[end.rank]
         optimizer, batches = sgd(model), Batches(120, 40)
-        try:
-            coding = GradientCoding(deadline_s=5.0, **config)
-            with coding.attach(model, optimizer, batches=batches, transport=end) as coded:
-                for loop in range(2):
-                    for number, _ in enumerate(coded.steps(6)):
-                        coded.backward(lambda part: sum_loss(model, part.samples))
-                        optimizer.step()
-                        if end.rank == 0 and loop == 0 and number == 2:
-                            break
-                states[end.rank] = coded.state_dict()
-        except Exception as error:
-            errors[end.rank] = error
+        coding = GradientCoding(deadline_s=5.0, **config)
+        with coding.attach(model, optimizer, batches=batches, transport=end) as coded:
+            for loop in range(2):
+                for number, _ in enumerate(coded.steps(6)):
+                    coded.backward(lambda part: sum_loss(model, part.samples))
+                    optimizer.step()
+                    if end.rank == 0 and loop == 0 and number == 2:
+                        break
+            states[end.rank] = coded.state_dict()
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(ends, models, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not errors
+    assert not together(work, InProcess.connect(5))
     assert states[0]["step"] == 9 - delay
     model, batches = build(), Batches(120, 40)
     optimizer = sgd(model)

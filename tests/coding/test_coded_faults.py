@@ -22,6 +22,7 @@ DEADLINE_S = 90
 RANK = "from coded_rank import main; main()"
 WIDE = 10_000  # parameters of 640 kB, which fill a connection's buffers in a few steps
 HUGE = 300_000  # of 19 MB, which do not fit into them at once
+pytestmark = pytest.mark.job
 
 
 class Job:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from coded_job import build, finish, parameters, sgd, start, sum_loss, train, uncoded
+from coded_job import build, finish, parameters, sgd, start, sum_loss, together, train, uncoded
 
 from distopt.coding import Batches, GradientCoding, attachment, flat, fractional, handshake, placement, sharded
 from distopt.coding.answer import Answer, TaskResult, to_message
@@ -127,23 +127,18 @@ def test_late_answers_are_drained_and_counted():
 def test_what_is_kept_for_a_worker_that_does_not_answer_is_bounded():
     """A worker that says hello and then takes everything and never answers, beside three that do."""
     ends = InProcess.connect(5)
-    model = build()
-    models = [build() for _ in range(4)]
     results = {}
 
-    def work(end, model):
+    def work(end):
+        model = build()
         with GradientCoding().attach(model, sgd(model), batches=Batches(120, 40), transport=end) as coded:
             for _ in coded.steps(30):
                 coded.backward(lambda part: (model(torch.ones(len(part.samples), 6).double()) ** 2).sum())
             results[end.rank] = coded.stats()
 
-    threads = [threading.Thread(target=work, args=(ends[i], models[i]), daemon=True) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    facts = attachment._facts(GradientCoding(), [flat.FlatModel(model)], Batches(120, 40))
+    facts = attachment._facts(GradientCoding(), [flat.FlatModel(build())], Batches(120, 40))
     ends[4].send(0, message.encode(text_message(Kind.HELLO, 0, 4, {"facts": facts, "node": "x", "problem": None})))
-    for thread in threads:
-        thread.join(30)
+    assert not together(work, ends[:4])
     kinds = []
     while (got := ends[4].receive(0.0)) is not None:
         said = message.decode(got[1])
@@ -208,27 +203,19 @@ def test_one_lost_worker_is_a_straggler_for_ever():
 @pytest.mark.parametrize("how", ["error", "leaves"])
 def test_a_worker_that_leaves_its_loop_says_so(how):
     """Nobody waits until the deadline for workers that are there, but do not take part any more."""
-    ends, errors = InProcess.connect(5), {}  # the deadline is 300 s
 
-    def work(end, model):
-        try:
-            with GradientCoding(code="fractional").attach(
-                model, sgd(model), batches=Batches(120, 40), transport=end
-            ) as coded:
-                for step in coded.steps(10):
-                    if end.rank in (1, 3) and step >= 3:
-                        if how == "leaves":
-                            break
-                        raise ValueError("no such file" + 100_000 * "\N{SNOWMAN}")
-                    coded.backward(lambda part: sum_loss(model, part.samples))
-        except Exception as error:
-            errors[end.rank] = error
+    def work(end):
+        model = build()
+        coding = GradientCoding(code="fractional")  # whose deadline is 300 s
+        with coding.attach(model, sgd(model), batches=Batches(120, 40), transport=end) as coded:
+            for step in coded.steps(10):
+                if end.rank in (1, 3) and step >= 3:
+                    if how == "leaves":
+                        break
+                    raise ValueError("no such file" + 100_000 * "\N{SNOWMAN}")
+                coded.backward(lambda part: sum_loss(model, part.samples))
 
-    threads = [threading.Thread(target=work, args=(end, build()), daemon=True) for end in ends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    errors = together(work, InProcess.connect(5), deadline_s=60.0)
     assert isinstance(errors[0], DecodeError)
     assert errors[0].missing == (0, 2)
     assert {"error": "ValueError: no such file", "leaves": "it has left the training"}[how] in str(errors[0])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from coded_job import INPUTS, TARGETS, build, finish, parameters, sgd, start, sum_loss, train, uncoded
+from coded_job import INPUTS, TARGETS, build, finish, parameters, sgd, start, sum_loss, together, train, uncoded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,27 +97,19 @@ def differing(rank, model, part):
 @pytest.mark.parametrize("replicas", ["error", "warn", "ignore"])
 def test_replicas_that_differ_are_found(code, replicas):
     """Rank 2's gradients are 1% too large."""
-    ends = InProcess.connect(5)
-    models = [build() for _ in ends]
-    errors, stats = {}, {}
+    stats = {}
 
-    def work(end, model):
+    def work(end):
+        model = build()
+        optimizer = sgd(model)
         coding = GradientCoding(code=code, replicas=replicas, deadline_s=10.0)
-        try:
-            optimizer = sgd(model)
-            with coding.attach(model, optimizer, batches=Batches(120, 40), transport=end) as coded:
-                for _ in coded.steps(20):
-                    coded.backward(lambda part: differing(end.rank, model, part))
-                    optimizer.step()
-                stats[end.rank] = coded.stats()
-        except Exception as error:
-            errors[end.rank] = error
+        with coding.attach(model, optimizer, batches=Batches(120, 40), transport=end) as coded:
+            for _ in coded.steps(20):
+                coded.backward(lambda part: differing(end.rank, model, part))
+                optimizer.step()
+            stats[end.rank] = coded.stats()
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(ends, models, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    errors = together(work, InProcess.connect(5))
     if replicas == "error":
         assert isinstance(errors[0], DesyncError)
         assert "worker 1 (rank 2)" in str(errors[0])
@@ -155,21 +147,11 @@ def test_decoders_that_differ_are_found():
 
 def attach(model, optimizer, **arguments):
     """The errors of both ranks of a job of three."""
-    ends = InProcess.connect(3)
-    errors = {}
 
     def work(end):
-        try:
-            GradientCoding(deadline_s=5.0, **arguments).attach(model, optimizer, transport=end)
-        except Exception as error:
-            errors[end.rank] = error
+        GradientCoding(deadline_s=5.0, **arguments).attach(model, optimizer, transport=end)
 
-    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return errors
+    return together(work, InProcess.connect(3))
 
 
 def test_a_frozen_model():
@@ -229,28 +211,18 @@ def test_parameters_that_messages_do_not_carry():
 
 def test_ranks_of_a_sharded_training_begin_with_equal_parameters():
     """Ranks 0 and 1 take the same parts, and so do 2 and 3: in pairs nobody differs."""
-    ends, errors = InProcess.connect(4), {}
 
     def work(end):
         model = build(seed=end.rank // 2)
-        try:
-            GradientCoding(master="sharded", deadline_s=5.0).attach(model, sgd(model), transport=end)
-        except Exception as error:
-            errors[end.rank] = str(error)
+        GradientCoding(master="sharded", deadline_s=5.0).attach(model, sgd(model), transport=end)
 
-    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    errors = together(work, InProcess.connect(4))
     assert set(errors) == {0, 1, 2, 3}
-    assert all("must have the same trained parameters" in text for text in errors.values())
+    assert all("must have the same trained parameters" in str(error) for error in errors.values())
 
 
 @pytest.mark.parametrize("what", ["seed", "model", "buffers", "batches"])
 def test_ranks_that_do_not_mean_the_same_training(what):
-    ends = InProcess.connect(3)
-    errors = {}
 
     def work(end):
         odd = end.rank == 2
@@ -259,41 +231,24 @@ def test_ranks_that_do_not_mean_the_same_training(what):
             model = nn.Sequential(nn.Linear(6, 9 if odd else 8)).double()
         model.register_buffer("offset", torch.full((3,), float(odd and what == "buffers")))
         batches = Batches(120, 40, seed=int(odd and what == "batches"))
-        try:
-            GradientCoding(deadline_s=5.0, seed=int(odd and what == "seed")).attach(
-                model, sgd(model), batches=batches, transport=end
-            )
-        except Exception as error:
-            errors[end.rank] = str(error)
+        coding = GradientCoding(deadline_s=5.0, seed=int(odd and what == "seed"))
+        coding.attach(model, sgd(model), batches=batches, transport=end)
 
-    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    errors = together(work, InProcess.connect(3))
     named = {"seed": "configuration", "model": "parameters", "buffers": "buffers", "batches": "batches"}[what]
     assert set(errors) == {0, 1, 2}
-    assert all(f"ranks 0 and 2 must have the same {named}" in text for text in errors.values())
+    assert all(f"ranks 0 and 2 must have the same {named}" in str(error) for error in errors.values())
 
 
 def test_a_rank_that_never_says_hello_is_named():
-    ends = InProcess.connect(3)
-    errors = {}
 
     def work(end):
         model = build()
-        try:
-            time.sleep(0.1 * (end.rank == 0))  # so rank 1 is the first to lose patience
-            GradientCoding(deadline_s=0.3).attach(model, sgd(model), transport=end)
-        except Exception as error:
-            errors[end.rank] = str(error)
+        time.sleep(0.1 * (end.rank == 0))  # so rank 1 is the first to lose patience
+        GradientCoding(deadline_s=0.3).attach(model, sgd(model), transport=end)
 
-    threads = [threading.Thread(target=work, args=(end,), daemon=True) for end in ends[:2]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert all("ranks 2 did not say hello within 0.3 s" in errors[rank] for rank in (0, 1))
+    errors = together(work, InProcess.connect(3)[:2])
+    assert all("ranks 2 did not say hello within 0.3 s" in str(errors[rank]) for rank in (0, 1))
 
 
 def test_backward_belongs_into_a_step():

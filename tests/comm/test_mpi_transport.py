@@ -212,6 +212,7 @@ def survivors(job, status=0):
 
 
 @needs_mpi
+@pytest.mark.job
 def test_dead_ranks_are_noticed_and_the_others_end_well(launch):
     tolerant = launch(4, DYING, "--with-ft", "ulfm")  # which tells of rank 2 only: rank 3 ends with an error
     recovering = launch(3, DYING, "--enable-recovery", "--mca", "btl", "self,sm")

@@ -64,6 +64,12 @@ def of_worker(output, number):
     return next(line for line in output.splitlines() if line.split()[:1] == [str(number)])
 
 
+def test_ranks_without_a_launcher(quiet):
+    """The short form of what follows, for the default suite."""
+    assert {tensor.dtype for tensor in quiet(3).values()} == {torch.float64}
+
+
+@pytest.mark.job
 @pytest.mark.timeout(120)
 def test_torchrun_with_a_rotating_sleeper_leaves_a_report_a_plot_and_a_trace(tmp_path, quiet):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "5"]
@@ -82,6 +88,7 @@ def test_torchrun_with_a_rotating_sleeper_leaves_a_report_a_plot_and_a_trace(tmp
     assert "uncoded" in planned.output
 
 
+@pytest.mark.job
 @pytest.mark.timeout(120)
 def test_torchrun_survivors_with_a_killed_worker(tmp_path, quiet):
     starter = ["bash", LAUNCH / "torchrun_survivors.sh"]
@@ -91,6 +98,7 @@ def test_torchrun_survivors_with_a_killed_worker(tmp_path, quiet):
     assert "gone: its connection is gone" in of_worker(output, 1)
 
 
+@pytest.mark.job
 @mpirun.needs_mpi
 @pytest.mark.timeout(120)
 def test_mpirun_with_a_rotating_sleeper(tmp_path, quiet):
@@ -102,6 +110,7 @@ def test_mpirun_with_a_rotating_sleeper(tmp_path, quiet):
     assert "Most often slow: worker" in output
 
 
+@pytest.mark.job
 @mpirun.needs_mpi
 @pytest.mark.timeout(120)
 def test_mpirun_starter_with_a_killed_worker(tmp_path, quiet):

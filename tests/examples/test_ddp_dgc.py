@@ -50,6 +50,7 @@ def test_the_example_trains_and_says_what_it_saves(undisturbed):
     assert sum(name.startswith("distopt-") for name in final_state(checkpoints)) > 2  # u and v of two ranks
 
 
+@pytest.mark.job
 @pytest.mark.timeout(110)
 def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, undisturbed):
     (tmp_path / "killed.py").write_text(ROUTED.format(disturbance=DEATH))

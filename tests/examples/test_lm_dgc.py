@@ -34,6 +34,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.job
 @pytest.mark.timeout(110)
 def test_it_learns_dense_and_with_a_thousandth_of_the_gradient(warm_python, text, tmp_path):
     starters = {"dense": functools.partial(run_ranks, warm_python, EXAMPLE), "dgc": torchrun}

@@ -92,6 +92,7 @@ def hosts():
 
 
 @needs_namespaces
+@pytest.mark.job
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("state", ["down", pytest.param("unplugged", marks=pytest.mark.slow)])
 def test_a_cut_host_ends_every_rank_and_the_restarted_job_ends_bit_identical(hosts, undisturbed, tmp_path, state):

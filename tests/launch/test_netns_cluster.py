@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_refused_and_makes_nothing(arguments, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("up", "2", "1gbit"), f"there is a cluster '{NAME}' of 2 hosts already; remove it with:"),
+        (("up", "2", "1gbit"), "of 2 hosts already; remove it with:"),
         (("run", "3", "--", "true"), "N must be a number from 1 to 2, got '3'"),
         (("run", "2"), "run needs a command"),
         (("run", "2", "--processes", "0", "--", "true"), "--processes must be"),
@@ -363,6 +363,7 @@ dist.destroy_process_group()
 
 
 @needs_namespaces
+@pytest.mark.job
 @pytest.mark.timeout(100)
 def test_two_hosts_train_with_dgc(hosts, tmp_path):
     (tmp_path / "training.py").write_text(TRAINING)

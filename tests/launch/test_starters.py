@@ -59,6 +59,7 @@ def start(starter, script, *arguments, **settings):
         ("elastic.sh", [{"MIN_NODES": "2", "MAX_NODES": "2"}] * 2),
     ],
 )
+@pytest.mark.job
 def test_two_hosts_on_this_machine_form_one_group(tmp_path, starter, settings):
     (tmp_path / "probe.py").write_text(PROBE)
     port = free_port()
@@ -107,6 +108,7 @@ def went_on(output):
     return sorted(line for line in output.splitlines() if line.endswith("went on"))
 
 
+@pytest.mark.job
 def test_ranks_under_torchrun_outlive_a_killed_one(tmp_path):
     """Two hosts with two ranks each: neither the other rank of the host nor, at the end, the other agent is stopped."""
     (tmp_path / "ranks.py").write_text(VICTIM)
@@ -149,6 +151,7 @@ def test_an_agent_that_stops_its_ranks_reaches_them(tmp_path):
 
 
 @needs_mpi
+@pytest.mark.job
 def test_ranks_under_mpirun_outlive_a_killed_one_unless_told_otherwise(tmp_path):
     (tmp_path / "ranks.py").write_text(MPI_VICTIM)
     tolerant, strict = jobs = [

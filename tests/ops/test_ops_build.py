@@ -54,6 +54,7 @@ def test_an_unknown_path_is_an_error(warm_python):
     assert message in done.stderr
 
 
+@pytest.mark.job
 def test_without_a_compiler_it_installs_and_says_so_once(warm_python, source, tmp_path):
     done = install(source, tmp_path, CC="/nonexistent", CXX="/nonexistent")
     assert done.returncode == 0, done.stdout + done.stderr
