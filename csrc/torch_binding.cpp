@@ -337,6 +337,24 @@ void decay_step_(const Tensor& update, std::vector<int64_t> starts, std::vector<
   }
 }
 
+void weighted_sum_(const Tensor& out, std::vector<Tensor> rows, std::vector<double> weights) {
+  float* to = check_float32(out, "out");
+  STD_TORCH_CHECK(!rows.empty() && rows.size() == weights.size(),
+                  "distopt: rows and weights differ in number or are none");
+  std::vector<const void*> data;
+  std::vector<float> factors;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    check_contiguous(rows[i], "a row");
+    STD_TORCH_CHECK(rows[i].numel() == out.numel(), "distopt: row ", i, " and out differ in size");
+    STD_TORCH_CHECK(rows[i].scalar_type() == rows[0].scalar_type(), "distopt: rows 0 and ", i, " differ in dtype");
+    data.push_back(rows[i].const_data_ptr());
+    factors.push_back(static_cast<float>(weights[i]));
+  }
+  const distopt::cpu::WeightedSum job{to, data.data(), factors.data(), static_cast<int64_t>(rows.size()),
+                                      dtype_of(rows[0], "a row")};
+  distopt::cpu::weighted_sum(job, out.numel(), threads());
+}
+
 // The path in use after asking for `path` (kernels.h; -1 only asks). Unavailable: no change.
 int64_t cpu_path(int64_t path) {
   if (path >= 0) distopt::cpu::set_path(static_cast<int>(path));
@@ -365,6 +383,7 @@ STABLE_TORCH_LIBRARY_IMPL(distopt, CPU, m) {
   m.impl("scale_", TORCH_BOX(&scale_));
   m.impl("momentum_step_", TORCH_BOX(&momentum_step_));
   m.impl("decay_step_", TORCH_BOX(&decay_step_));
+  m.impl("weighted_sum_", TORCH_BOX(&weighted_sum_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(distopt, CompositeExplicitAutograd, m) {

@@ -30,4 +30,10 @@ void decay(const Decay& job, int64_t n, const Threads& threads) {
   threads.each(parts.count, [&](int64_t part) { table.decay(job, parts.begin(part), parts.end(part)); });
 }
 
+void weighted_sum(const WeightedSum& job, int64_t n, const Threads& threads) {
+  const auto& table = kernels();
+  const Parts parts(n, threads);
+  threads.each(parts.count, [&](int64_t part) { table.weighted_sum(job, parts.begin(part), parts.end(part)); });
+}
+
 }  // namespace distopt::cpu

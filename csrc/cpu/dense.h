@@ -21,6 +21,16 @@ struct Decay {
   bool nesterov;
 };
 
+// out = w0 row0 + w1 row1 + ..., at least one row. Added up in this order, product and sum rounded each: the same bits
+// on every path and by every number of threads.
+struct WeightedSum {
+  float* out;
+  const void* const* rows;
+  const float* weights;
+  int64_t num_rows;
+  DType dtype;  // of the rows
+};
+
 // x *= factor. Whether x was finite; if not, it still is not, and some of it may not have been scaled.
 bool scale(float* x, int64_t n, float factor, const Threads& threads);
 
@@ -28,5 +38,7 @@ bool scale(float* x, int64_t n, float factor, const Threads& threads);
 void momentum(float* g, float* u, int64_t n, float m, bool nesterov, const Threads& threads);
 
 void decay(const Decay& job, int64_t n, const Threads& threads);
+
+void weighted_sum(const WeightedSum& job, int64_t n, const Threads& threads);
 
 }  // namespace distopt::cpu

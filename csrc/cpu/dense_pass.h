@@ -1,6 +1,8 @@
 // One pass each over what is sent whole, written once over a vector type Vec (see pass.h, which includes the same way).
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "scalar_vec.h"
 
@@ -100,6 +102,71 @@ void decay_any(const Decay& job, int64_t begin, int64_t end) {
       return decay_typed<Vec, BFloat16>(job, begin, end);
     case DType::kFloat16:
       return decay_typed<Vec, Float16>(job, begin, end);
+  }
+}
+
+// Adds kRows rows to elements [begin, end) of out, or starts with them.
+template <class Vec, bool kFresh, int kRows, class X>
+int64_t add_rows(float* out, const void* const* rows, const float* weights, int64_t begin, int64_t end) {
+  const X* row[kRows];
+  decltype(Vec::set1(0.0f)) weight[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = static_cast<const X*>(rows[r]);
+    weight[r] = Vec::set1(weights[r]);
+  }
+  int64_t i = begin;
+  for (; i + Vec::kWidth <= end; i += Vec::kWidth) {
+    auto sum = Vec::mul(Vec::load(row[0] + i), weight[0]);
+    if constexpr (!kFresh) sum = Vec::add(Vec::load(out + i), sum);
+    for (int r = 1; r < kRows; ++r) sum = Vec::add(sum, Vec::mul(Vec::load(row[r] + i), weight[r]));
+    Vec::store(out + i, sum);
+  }
+  return i;
+}
+
+// The more rows in one pass, the fewer times the sum is read and written.
+template <class Vec, class X>
+int64_t weighted_sum_block(const WeightedSum& job, int64_t begin, int64_t end) {
+  int64_t r = 0, done = begin;
+  const auto add = [&](auto fresh, auto count) {
+    done = add_rows<Vec, fresh, count, X>(job.out, job.rows + r, job.weights + r, begin, end);
+    r += count;
+  };
+  constexpr std::integral_constant<int, 8> eight;
+  constexpr std::integral_constant<int, 4> four;
+  constexpr std::integral_constant<int, 1> one;
+  if (job.num_rows >= eight) {
+    add(std::true_type(), eight);
+  } else if (job.num_rows >= four) {
+    add(std::true_type(), four);
+  } else {
+    add(std::true_type(), one);
+  }
+  while (r + eight <= job.num_rows) add(std::false_type(), eight);
+  if (r + four <= job.num_rows) add(std::false_type(), four);
+  while (r < job.num_rows) add(std::false_type(), one);
+  return done;
+}
+
+template <class Vec, class X>
+void weighted_sum_typed(const WeightedSum& job, int64_t begin, int64_t end) {
+  // Of the sum: it stays in the second cache while it collects all rows, and each row is read in long stretches.
+  constexpr int64_t kChunk = 32768;
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t stop = end - i < kChunk ? end : i + kChunk;
+    weighted_sum_block<ScalarVec, X>(job, weighted_sum_block<Vec, X>(job, i, stop), stop);
+  }
+}
+
+template <class Vec>
+void weighted_sum_any(const WeightedSum& job, int64_t begin, int64_t end) {
+  switch (job.dtype) {
+    case DType::kFloat32:
+      return weighted_sum_typed<Vec, float>(job, begin, end);
+    case DType::kBFloat16:
+      return weighted_sum_typed<Vec, BFloat16>(job, begin, end);
+    case DType::kFloat16:
+      return weighted_sum_typed<Vec, Float16>(job, begin, end);
   }
 }
 

@@ -31,6 +31,7 @@ struct Kernels {
   bool (*scale)(float* x, int64_t begin, int64_t end, float factor);
   void (*momentum)(float* g, float* u, int64_t begin, int64_t end, float m, bool nesterov);
   void (*decay)(const Decay& job, int64_t begin, int64_t end);
+  void (*weighted_sum)(const WeightedSum& job, int64_t begin, int64_t end);
 };
 
 enum Path : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };

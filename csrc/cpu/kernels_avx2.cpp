@@ -83,9 +83,17 @@ struct Avx2Vec {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    pass_any<Avx2Vec>, maxima_any<Avx2Vec>, collect_any<Avx2Vec>,  count_above_any,   finite16, finite32,
-    finite64,          scale_any<Avx2Vec>,  momentum_any<Avx2Vec>, decay_any<Avx2Vec>};
+const Kernels kAvx2Kernels = {pass_any<Avx2Vec>,
+                              maxima_any<Avx2Vec>,
+                              collect_any<Avx2Vec>,
+                              count_above_any,
+                              finite16,
+                              finite32,
+                              finite64,
+                              scale_any<Avx2Vec>,
+                              momentum_any<Avx2Vec>,
+                              decay_any<Avx2Vec>,
+                              weighted_sum_any<Avx2Vec>};
 
 }  // namespace distopt::cpu
 

@@ -83,7 +83,8 @@ const Kernels kAvx512Kernels = {pass_any<Avx512Vec>,
                                 finite64,
                                 scale_any<Avx512Vec>,
                                 momentum_any<Avx512Vec>,
-                                decay_any<Avx512Vec>};
+                                decay_any<Avx512Vec>,
+                                weighted_sum_any<Avx512Vec>};
 
 }  // namespace distopt::cpu
 

@@ -71,9 +71,17 @@ struct NeonVec {
 
 }  // namespace
 
-const Kernels kNeonKernels = {
-    pass_any<NeonVec>, maxima_any<NeonVec>, collect_any<NeonVec>,  count_above_any,   finite16, finite32,
-    finite64,          scale_any<NeonVec>,  momentum_any<NeonVec>, decay_any<NeonVec>};
+const Kernels kNeonKernels = {pass_any<NeonVec>,
+                              maxima_any<NeonVec>,
+                              collect_any<NeonVec>,
+                              count_above_any,
+                              finite16,
+                              finite32,
+                              finite64,
+                              scale_any<NeonVec>,
+                              momentum_any<NeonVec>,
+                              decay_any<NeonVec>,
+                              weighted_sum_any<NeonVec>};
 
 }  // namespace distopt::cpu
 #endif  // __aarch64__

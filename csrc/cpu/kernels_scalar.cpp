@@ -77,6 +77,7 @@ const Kernels kScalarKernels = {pass_any<PortableVec>,
                                 finite64,
                                 scale_any<PortableVec>,
                                 momentum_any<PortableVec>,
-                                decay_any<PortableVec>};
+                                decay_any<PortableVec>,
+                                weighted_sum_any<PortableVec>};
 
 }  // namespace distopt::cpu

@@ -21,6 +21,7 @@ from distopt.ops.dispatch import (
     scatter_add_,
     topk_abs,
     topk_abs_interleaved,
+    weighted_sum_,
 )
 from distopt.ops.native import BuildInfo, SelectionCounts, backend, build_info, selection_counts
 
@@ -44,4 +45,5 @@ __all__ = [
     "selection_counts",
     "topk_abs",
     "topk_abs_interleaved",
+    "weighted_sum_",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from distopt.errors import ConfigError, DecodeError
 
@@ -141,6 +142,24 @@ def is_dense_in_memory(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def rows(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """At least one row, all like out and of one dtype, with one weight each."""
+    if not rows or len(rows) != len(weights):
+        raise ConfigError(
+            f"there must be rows, and one weight for each, got {len(rows)} rows and {len(weights)} weights; zero_() "
+            "makes an empty sum"
+        )
+    first = rows[0]
+    for i, row in enumerate(rows):
+        name = f"rows[{i}]"
+        flat(name, row, FLOATS if out.dtype is torch.float64 else FLOATS[:3], indexed=False)
+        same_size(name, row, "out", out)
+        if row.dtype != first.dtype:
+            raise ConfigError(f"rows must have one dtype, got {row.dtype} in {name} beside {first.dtype}; convert them")
+        if not is_compiling():
+            apart(name, row, "out", out)
 
 
 def momentum_range(momentum: float) -> None:

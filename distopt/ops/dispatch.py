@@ -32,6 +32,7 @@ _all_finite: Callable[[Tensor], Tensor] = torch.ops.distopt.all_finite.default
 _scale_: Callable[[Tensor, float], Tensor] = torch.ops.distopt.scale_.default
 _momentum_step_: Callable[..., None] = torch.ops.distopt.momentum_step_.default
 _decay_step_: Callable[..., None] = torch.ops.distopt.decay_step_.default
+_weighted_sum_: Callable[[Tensor, Sequence[Tensor], Sequence[float]], None] = torch.ops.distopt.weighted_sum_.default
 
 
 def topk_abs(x: Tensor, k: int) -> Selection:
@@ -458,6 +459,31 @@ def decay_step_(
         except RuntimeError:  # checking first would cost more than small parameters do
             checks.parameter_places(update, starts, buffers, parameters)
             raise
+
+
+def weighted_sum_(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """`out = weights[0] rows[0] + weights[1] rows[1] + ...`, added up in this order, in one pass over memory.
+
+    Each product and each sum is rounded to the dtype of out: the same bits whatever computes them. In float64, and on
+    other devices than the CPU, torch's operations do it.
+
+    Args:
+        out: float32 or float64, shape (numel,), contiguous; overwritten.
+        rows: At least one tensor of the size and device of out, contiguous, all of one dtype: float32, bfloat16 or
+            float16, or float64 if out is.
+        weights: One number for each.
+
+    Raises:
+        ConfigError: an argument breaks a rule above, or a row shares memory with out.
+    """
+    checks.flat("out", out, checks.SUMS, indexed=False)
+    checks.rows(out, rows, weights)
+    if not is_compiling() and not native.silent:
+        native.announce(out.device)
+    if out.dtype is torch.float64:
+        reference.weighted_sum_(out, rows, weights)
+    else:
+        _weighted_sum_(out, rows, weights)
 
 
 def _check_ef_segments(grad: Tensor, residual: Tensor, segments: Tensor, count: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from distopt.ops import checks
 
+_BLOCK_NBYTES = 1 << 21  # of a sum: small enough for a cache, large enough that calls into torch cost little
+
 
 def topk_abs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `distopt.ops.topk_abs`."""
@@ -174,6 +176,15 @@ def decay_step_(
         torch._foreach_mul_(states, momentum)
         torch._foreach_add_(states, added)
         torch._foreach_add_(parts, states)
+
+
+def weighted_sum_(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """See `distopt.ops.weighted_sum_`."""
+    block = _BLOCK_NBYTES // out.dtype.itemsize
+    for target, parts in zip(out.split(block), zip(*(row.split(block) for row in rows), strict=True), strict=True):
+        torch.mul(parts[0].to(out.dtype), weights[0], out=target)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            target.add_(part.to(out.dtype) * weight)  # add_(part, alpha=weight) may or may not round the product
 
 
 def _in_each_segment(

@@ -40,6 +40,7 @@ LIBRARY.define(
     "decay_step_(Tensor(a!) update, int[] starts, Tensor(b!)[] buffers, Tensor[] parameters, *, "
     "float rate, float momentum, bool nesterov=False) -> ()"
 )
+LIBRARY.define("weighted_sum_(Tensor(a!) out, Tensor[] rows, float[] weights) -> ()")
 LIBRARY.define("_device_errors(Tensor like) -> Tensor")  # CUDA kernels only, see distopt.ops.device_errors
 LIBRARY.define("_cpu_path(int path) -> int")  # native only, as the next, see distopt.ops.native
 LIBRARY.define("_selection_count(int counter) -> int")
@@ -142,6 +143,10 @@ def _fake_decay_step(
     return None
 
 
+def _fake_weighted_sum(out: Tensor, rows: list[Tensor], weights: list[float]) -> None:
+    return None
+
+
 for _name, _kernel, _fake in (
     ("topk_abs", reference.topk_abs, _fake_topk_abs),
     ("ef_sparsify_", reference.ef_sparsify_, _fake_ef_sparsify),
@@ -156,6 +161,7 @@ for _name, _kernel, _fake in (
     ("scale_", _scale, _fake_scale),
     ("momentum_step_", reference.momentum_step_, _fake_momentum_step),
     ("decay_step_", reference.decay_step_, _fake_decay_step),
+    ("weighted_sum_", reference.weighted_sum_, _fake_weighted_sum),
 ):
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"distopt::{_name}", _fake, lib=LIBRARY)

@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "cpu/dense.h"
 #include "cpu/kernels.h"
@@ -32,6 +33,12 @@ Floats copy(const Floats& from, int64_t n) {
 }
 
 bool same(const Floats& a, const Floats& b, int64_t n) { return std::memcmp(a.get(), b.get(), n * sizeof(float)) == 0; }
+
+float element(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(p) + i);
+  return dtype == DType::kBFloat16 ? load(static_cast<const BFloat16*>(p) + i)
+                                   : load(static_cast<const Float16*>(p) + i);
+}
 
 void on_every_path(const std::function<void(int64_t n, const Threads& threads)>& test) {
   const int before = path();
@@ -89,15 +96,37 @@ TEST(decay_steps) {
         const Floats want_x = copy(x, n), want_d = copy(d, n);
         const auto p = tensor(Kind::kNormal, dtype, n, random);
         for (int64_t i = 0; i < n; ++i) {
-          const float pi = dtype == DType::kFloat32    ? load(reinterpret_cast<const float*>(p.data()) + i)
-                           : dtype == DType::kBFloat16 ? load(reinterpret_cast<const BFloat16*>(p.data()) + i)
-                                                       : load(reinterpret_cast<const Float16*>(p.data()) + i);
-          const float added = pi * 0.01f;
+          const float added = element(p.data(), dtype, i) * 0.01f;
           want_d[i] = nesterov ? (d[i] + added) * 0.9f : d[i] * 0.9f + added;
           want_x[i] = nesterov ? x[i] + want_d[i] + added : x[i] + want_d[i];
         }
         decay({x.get(), d.get(), p.data(), dtype, 0.01f, 0.9f, nesterov}, n, threads);
         CHECK(same(x, want_x, n) && same(d, want_d, n), std::to_string(n));
+      }
+    }
+  });
+}
+
+TEST(weighted_sums) {
+  Random random(24);
+  on_every_path([&](int64_t n, const Threads& threads) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const int64_t num_rows : {1, 3, 4, 6, 8, 13, 21}) {
+        std::vector<decltype(tensor(Kind::kNormal, dtype, n, random))> rows;
+        std::vector<const void*> data;
+        std::vector<float> weights;
+        const Floats out = floats(n, random), want = floats(n, random);
+        for (int64_t r = 0; r < num_rows; ++r) {
+          rows.push_back(tensor(Kind::kNormal, dtype, n, random));
+          data.push_back(rows.back().data());
+          weights.push_back(0.3f * static_cast<float>(r) - 0.7f);
+          for (int64_t i = 0; i < n; ++i) {
+            const float added = element(data.back(), dtype, i) * weights.back();
+            want[i] = r == 0 ? added : want[i] + added;
+          }
+        }
+        weighted_sum({out.get(), data.data(), weights.data(), num_rows, dtype}, n, threads);
+        CHECK(same(out, want, n), std::to_string(n) + " elements, " + std::to_string(num_rows) + " rows");
       }
     }
   });

@@ -160,6 +160,37 @@ def test_decay_reads_a_parameter_in_memory_order():
     assert torch.equal(update, in_memory * 0.5)
 
 
+# -- weighted_sum_ ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes | st.sampled_from([32767, 32768, 32769, 70001]),
+    st.integers(1, 21),
+    kinds,
+    seeds,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    kernels,
+    st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_weighted_sum_equals_the_reference(numel, num_rows, kind, seed, dtype, path, threads):
+    use(path, threads)
+    rows = [tensor(kind, numel, seed + i, dtype) for i in range(num_rows)]
+    weights = torch.randn(num_rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    out, same = (torch.full((numel,), math.nan, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    ops.weighted_sum_(out, rows, weights)
+    reference.weighted_sum_(same, rows, weights)
+    assert same_bits(out, same)
+
+
+def test_the_weighted_sum_is_that_of_numpy():
+    rows = [tensor("normal", 1000, i, torch.float64) for i in range(5)]
+    out = torch.empty(1000, dtype=torch.float64)
+    ops.weighted_sum_(out, rows, [0.5, -1.0, 0.0, 3.0, 1e-3])
+    expected = 0.5 * rows[0] - rows[1] + 3 * rows[3] + 1e-3 * rows[4]
+    assert (out - expected).abs().max() < 1e-14
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +217,12 @@ def test_bad_arguments_are_refused_before_anything_changes():
         ),
         (lambda: ops.decay_step_(x, [0], [u], [u.int()], rate=0.1, momentum=0.9), "a parameter must be floating point"),
         (lambda: ops.decay_step_(x, [0], [u], [u.double()], rate=0.1, momentum=0.9), "not wider than update"),
+        (lambda: ops.weighted_sum_(x, [], []), "there must be rows, and one weight for each, got 0 rows"),
+        (lambda: ops.weighted_sum_(x, [u], [1.0, 2.0]), "got 1 rows and 2 weights"),
+        (lambda: ops.weighted_sum_(x, [u, u[:7]], [1.0, 2.0]), r"rows\[1\] must have as many elements as out"),
+        (lambda: ops.weighted_sum_(x, [u, u.bfloat16()], [1.0, 2.0]), "rows must have one dtype, got torch.bfloat16"),
+        (lambda: ops.weighted_sum_(x, [u, x], [1.0, 2.0]), "must not share memory"),
+        (lambda: ops.weighted_sum_(x, [u.double()], [1.0]), r"rows\[0\] must have dtype float32, bfloat16, float16"),
     ]
     for call, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -206,6 +243,11 @@ def test_the_kernels_check_what_memory_safety_needs():
         lambda: torch.ops.distopt.decay_step_(x, [0], [u], [torch.ones(9)], rate=0.1, momentum=0.9),
         lambda: torch.ops.distopt.decay_step_(x, [0], [u], [torch.ones(16)[::2]], rate=0.1, momentum=0.9),
         lambda: torch.ops.distopt.decay_step_(x, [0, 0], [u], [u.clone()], rate=0.1, momentum=0.9),
+        lambda: torch.ops.distopt.weighted_sum_(x, [], []),
+        lambda: torch.ops.distopt.weighted_sum_(x, [u], [1.0, 2.0]),
+        lambda: torch.ops.distopt.weighted_sum_(x, [u, u[:7]], [1.0, 2.0]),
+        lambda: torch.ops.distopt.weighted_sum_(x, [u, u.bfloat16()], [1.0, 2.0]),
+        lambda: torch.ops.distopt.weighted_sum_(x, [torch.ones(16)[::2]], [1.0]),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="distopt: "):
@@ -220,6 +262,7 @@ def test_no_limit_where_no_index_is_made():
     x, same = (torch.empty(2**31, device="meta") for _ in range(2))
     ops.momentum_step_(x, same, momentum=0.9)
     ops.decay_step_(x, [0], [same], [same], rate=0.1, momentum=0.9)
+    ops.weighted_sum_(x, [same], [0.5])
     for operation in (lambda: ops.all_finite(x), lambda: ops.scale_(x, 0.5)):
         with pytest.raises(RuntimeError, match=r"item\(\)"):  # as far as a tensor without data can go
             operation()

@@ -46,6 +46,7 @@ OPERATORS = {
         ),
         {"rate": 0.1, "momentum": 0.9},
     ),
+    "weighted_sum_": lambda dtype: ((randn(wide(dtype)), [randn(dtype), randn(dtype)], [0.5, -2.0]), {}),
 }
 
 
