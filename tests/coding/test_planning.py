@@ -102,6 +102,18 @@ def test_fastest_first_with_the_best_of_every_family(planned):
         assert 0.5 < each.seconds / one < 2  # the mean with the copies is of the same kind
 
 
+def test_the_order_of_the_workers_does_not_matter():
+    """Two that are slow in all rounds, in one group of a code or in two."""
+    seconds = np.random.default_rng(0).uniform(1.0, 1.1, (30, 16))
+    seconds[:, 6:8] += 3.0
+    trace = Trace(seconds=seconds, load=0.0, seconds_per_load=4.0)
+    order = np.random.default_rng(1).permutation(16)
+    families = ("uncoded", "gradient-coding")
+    plans = [plan(each, families=families) for each in (trace, trace.reordered(order))]
+    first, second = ([(each.config, each.seconds) for each in found] for found in plans)
+    assert first == second
+
+
 def test_the_same_question_has_the_same_answer(planned):
     trace, found = planned
     again = plan(trace, jobs=40)
