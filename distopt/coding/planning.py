@@ -158,8 +158,10 @@ class _Question:
 
 
 def _spread(trace: Trace) -> NDArray[np.int64]:
-    """(workers,): who gets each place, so that those that are slow in all rounds are far apart: in one group of a code
-    they would count as its fault. Steps of the golden ratio of a circle keep any number of points apart.
+    """(workers,): who gets each place, so that those that are slow in all rounds are far apart.
+
+    In one group of a code they would count as its fault. Steps of the golden ratio of a circle keep any number of
+    points apart.
     """
     n = trace.num_workers
     mean = np.nan_to_num(trace.seconds, nan=math.inf).mean(axis=0)
