@@ -253,7 +253,7 @@ def test_output_has_the_hosts_name_or_goes_to_a_file_each(hosts, environment, tm
 @needs_namespaces
 @pytest.mark.parametrize(
     ("options", "ending", "status"),
-    [(("--grace", "0"), "3", 3), (("--deadline", "2", "--grace", "0"), "5", 5), (("--deadline", "2"), "0", 124)],
+    [(("--grace", "0"), "3", 3), (("--deadline", "30", "--grace", "0"), "5", 5), (("--deadline", "2"), "0", 124)],
     ids=["a host fails", "a host fails before the deadline", "deadline"],
 )
 def test_whatever_happens_nothing_goes_on_running(hosts, environment, marker, options, ending, status):
