@@ -1,0 +1,1 @@
+"""Federated averaging: rounds between a server and clients that come and go."""
