@@ -17,7 +17,7 @@ from distopt.coding import MSGC, SRSGC, GradientCoding
 from distopt.config import Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
-from distopt.federated import ColumnPartition
+from distopt.federated import ColumnPartition, TracedParticipation
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
@@ -28,6 +28,7 @@ REQUIRED = {
     SRSGC: SEQUENTIAL,
     MSGC: SEQUENTIAL,
     ColumnPartition: {"column": "user"},
+    TracedParticipation: {"path": "trace.csv"},
 }
 
 GOOD = {
@@ -80,6 +81,13 @@ GOOD = {
     "law": ["dirichlet", "power-law"],
     "exponent": [0.5, 2],
     "column": ["user", "writer id"],
+    "fraction": [0.01, 1],
+    "count": [None, 10],
+    "probability": [0.1, 1, (0.02, 0.5, 1.0)],
+    "off_to_on": [0.05, 1],
+    "period": [1, 100],
+    "path": ["trace.csv", "a folder/trace.json"],
+    "at_end": ["repeat", "error"],
 }
 GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
 
@@ -151,6 +159,16 @@ BAD = {
     "law": [(value, "must be one of 'dirichlet', 'power-law'") for value in ("zipf", None)],
     "exponent": [(value, "must be a number in (0, 20]", "use 1.0") for value in (0, -1.0, 21, math.nan, "1", None)],
     "column": [(value, "must be the name of a column", 'column="user"') for value in ("", 3, None, ("user",))],
+    "fraction": [(value, "must be a number in (0, 1]", "use 0.1") for value in (0, 1.5, math.nan, "1", True, None)],
+    "count": [(value, "must be an integer of at least 1", "use fraction") for value in NOT_COUNTS],
+    "probability": [
+        (value, "must be a number in (0, 1] or one per client", "use 0.1")
+        for value in (0, 1.5, math.nan, "0.1", True, None, (), ("a",), ((0.1,),))
+    ],
+    "off_to_on": [(value, "must be a number in (0, 1]", "uses 0.05") for value in (0, 1.5, math.nan, "1", None)],
+    "period": [(value, "must be an integer of at least 1", "uses 100 rounds") for value in [*NOT_COUNTS, None]],
+    "path": [(value, "must be the name of a file", "CSV or JSON") for value in ("", 3, None)],
+    "at_end": [(value, "must be one of 'repeat', 'error'") for value in ("stop", None)],
 }
 BAD_FOR = {
     (ListWarmup, "densities"): [
