@@ -17,7 +17,7 @@ from distopt.coding import MSGC, SRSGC, GradientCoding
 from distopt.config import Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
-from distopt.federated import ColumnPartition, TracedParticipation
+from distopt.federated import ColumnPartition, TracedDelays, TracedParticipation
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
@@ -29,6 +29,7 @@ REQUIRED = {
     MSGC: SEQUENTIAL,
     ColumnPartition: {"column": "user"},
     TracedParticipation: {"path": "trace.csv"},
+    TracedDelays: {"path": "trace.csv"},
 }
 
 GOOD = {
@@ -88,6 +89,10 @@ GOOD = {
     "period": [1, 100],
     "path": ["trace.csv", "a folder/trace.json"],
     "at_end": ["repeat", "error"],
+    "mean_s": [1, 0.2, (0.2, 1.0)],
+    "slowest": [1, 1.0, 5],
+    "spread": [0.1, 1],
+    "tail": [1.1, 3],
 }
 GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
 
@@ -169,6 +174,13 @@ BAD = {
     "period": [(value, "must be an integer of at least 1", "uses 100 rounds") for value in [*NOT_COUNTS, None]],
     "path": [(value, "must be the name of a file", "CSV or JSON") for value in ("", 3, None)],
     "at_end": [(value, "must be one of 'repeat', 'error'") for value in ("stop", None)],
+    "mean_s": [
+        (value, "must be a positive number of seconds or one per client", "use 1.0")
+        for value in (0, -1.0, math.inf, math.nan, "1", True, None, (), ("a",))
+    ],
+    "slowest": [(value, "must be a number of at least 1", "use 5.0") for value in (0.5, math.nan, "5", True, None)],
+    "spread": [(value, "must be a number in (0, 1]", "use 0.5") for value in (0, 1.5, math.nan, "1", None)],
+    "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
     (ListWarmup, "densities"): [

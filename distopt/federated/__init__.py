@@ -1,5 +1,15 @@
 """Federated averaging: rounds between a server and clients that keep their data, come and go."""
 
+from distopt.federated.clock import Arrival, VirtualClock
+from distopt.federated.delays import (
+    ConstantDelays,
+    DelayProcess,
+    Delays,
+    ExponentialDelays,
+    HeavyTailedDelays,
+    TracedDelays,
+    UniformDelays,
+)
 from distopt.federated.participation import (
     Bernoulli,
     Cyclic,
@@ -25,11 +35,17 @@ from distopt.federated.partition import (
 )
 
 __all__ = [
+    "Arrival",
     "Bernoulli",
     "ColumnPartition",
+    "ConstantDelays",
     "Cyclic",
+    "DelayProcess",
+    "Delays",
     "DirichletPartition",
     "Everybody",
+    "ExponentialDelays",
+    "HeavyTailedDelays",
     "IIDPartition",
     "Markov",
     "NaturalPartition",
@@ -38,8 +54,11 @@ __all__ = [
     "Partition",
     "QuantityPartition",
     "ShardPartition",
+    "TracedDelays",
     "TracedParticipation",
+    "UniformDelays",
     "UniformSampling",
+    "VirtualClock",
     "correlated_probabilities",
     "describe",
     "label_counts",

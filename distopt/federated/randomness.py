@@ -29,6 +29,23 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(sequence))
 
 
+def stream_key(seed: int, purpose: str) -> list[int]:
+    """Two 64-bit integers that name the streams of one purpose, for `stream`.
+
+    Raises:
+        ConfigError: The seed is no integer of at least 0.
+    """
+    check_seed(seed)
+    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()),))
+    words: list[int] = sequence.generate_state(2, np.uint64).tolist()
+    return words
+
+
+def stream(key: list[int], first: int, second: int) -> np.random.Generator:
+    """The generator of a pair of numbers, whatever was drawn before: it has no state to keep."""
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, first, second]))
+
+
 def generator_state(rng: np.random.Generator) -> dict[str, Any]:
     """Where the generator is in its stream, as nested dicts of integers and names, which JSON can hold."""
     return dict(rng.bit_generator.state)

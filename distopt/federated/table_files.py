@@ -85,6 +85,26 @@ def read_table(path: str | Path, cell: Cell) -> Table:
     return _read_csv(text, str(path), cell)
 
 
+def check_path(path: object) -> None:
+    """Raises `ConfigError` unless path is the name of a file; it is read later."""
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"path must be the name of a file, got {path!r}; give a CSV or JSON file")
+
+
+def check_clients(path: str, table: Table, num_clients: int) -> None:
+    """Raises `ConfigError` unless the table is one of so many clients."""
+    if table.num_clients is not None and table.num_clients != num_clients:
+        raise ConfigError(
+            f"{path}: there must be one column per client, {num_clients}, got {table.num_clients}; use another trace "
+            "or another number of clients"
+        )
+    last = int(table.clients.max(initial=0))
+    if last >= num_clients:
+        raise ConfigError(
+            f"{path}: clients must be in [0, {num_clients}), got {last}; clients count from 0, use more clients"
+        )
+
+
 def _read_json(text: str, path: str, cell: Cell) -> Table:
     try:
         content = json.loads(text)
@@ -167,9 +187,7 @@ def _long(lines: Iterable[tuple[str, Sequence[Any]]], path: str, num_rounds: int
 
 def _table(entries: list[Entry], path: str, least: int, num_rounds: int | None, num_clients: int | None) -> Table:
     if num_rounds is not None and num_rounds < least:
-        raise ConfigError(
-            f"{path}: num_rounds must be at least {least}, the rounds there are, got {num_rounds}; raise it"
-        )
+        raise ConfigError(f"{path}: num_rounds must be at least {least}, got {num_rounds}; so many rounds are there")
     columns = zip(*entries, strict=True) if entries else ((), (), ())
     rounds, clients, values = columns
     return Table(

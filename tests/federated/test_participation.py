@@ -248,9 +248,7 @@ def test_the_end_of_a_trace(path):
 
 
 def test_the_clients_of_a_trace_cannot_change(path, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"num_clients must stay 40 with the trace .*, got 2 more; the trace does not"
-    ):
+    with pytest.raises(ConfigError, match=r"num_clients must stay 40 with the trace .*, got 2 more; the trace"):
         TracedParticipation(path=path).begin(NUM_CLIENTS).add_clients(2)
     with pytest.raises(ConfigError, match="there must be one column per client, 39, got 40; use another trace"):
         TracedParticipation(path=path).begin(39)

@@ -11,7 +11,7 @@ from distopt.errors import ConfigError
 from distopt.federated.participation.base import FloatArray, IntArray, Participation, ParticipationProcess
 from distopt.federated.process_state import check_saved
 from distopt.federated.randomness import check_seed
-from distopt.federated.table_files import Cell, Table, read_table
+from distopt.federated.table_files import Cell, check_clients, check_path, read_table
 
 _ACTIVE = Cell(
     name="active",
@@ -97,23 +97,3 @@ class TracedParticipationProcess(ParticipationProcess):
     def _take(self, values: dict[str, Any]) -> None:
         check_saved("digest", values["digest"], self._digest)
         self._round = values["round"]
-
-
-def check_path(path: object) -> None:
-    """Raises `ConfigError` unless path is the name of a file; it is read later."""
-    if not isinstance(path, str) or not path:
-        raise ConfigError(f"path must be the name of a file, got {path!r}; give a CSV or JSON file")
-
-
-def check_clients(path: str, table: Table, num_clients: int) -> None:
-    """Raises `ConfigError` unless the table is one of so many clients."""
-    if table.num_clients is not None and table.num_clients != num_clients:
-        raise ConfigError(
-            f"{path}: there must be one column per client, {num_clients}, got {table.num_clients}; use another trace "
-            "or another number of clients"
-        )
-    last = int(table.clients.max(initial=0))
-    if last >= num_clients:
-        raise ConfigError(
-            f"{path}: clients must be in [0, {num_clients}), got {last}; clients count from 0, use more clients"
-        )
