@@ -17,6 +17,7 @@ from distopt.coding import MSGC, SRSGC, GradientCoding
 from distopt.config import Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
+from distopt.federated import ColumnPartition, TracedDelays, TracedParticipation
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
@@ -26,6 +27,9 @@ REQUIRED = {
     Link: {"latency_s": 1e-4, "bandwidth": 1e8},
     SRSGC: SEQUENTIAL,
     MSGC: SEQUENTIAL,
+    ColumnPartition: {"column": "user"},
+    TracedParticipation: {"path": "trace.csv"},
+    TracedDelays: {"path": "trace.csv"},
 }
 
 GOOD = {
@@ -71,6 +75,24 @@ GOOD = {
     "replica_tolerance": [None, 1e-6],
     "check_rules": [True, False],
     "seed": [0, 7],
+    "alpha": [1e-6, 0.1, 100],
+    "sizes": ["uneven", "equal"],
+    "min_samples": [0, 10],
+    "shards_per_client": [1, 2],
+    "law": ["dirichlet", "power-law"],
+    "exponent": [0.5, 2],
+    "column": ["user", "writer id"],
+    "fraction": [0.01, 1],
+    "count": [None, 10],
+    "probability": [0.1, 1, (0.02, 0.5, 1.0)],
+    "off_to_on": [0.05, 1],
+    "period": [1, 100],
+    "path": ["trace.csv", "a folder/trace.json"],
+    "at_end": ["repeat", "error"],
+    "mean_s": [1, 0.2, (0.2, 1.0)],
+    "slowest": [1, 1.0, 5],
+    "spread": [0.1, 1],
+    "tail": [1.1, 3],
 }
 GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
 
@@ -135,6 +157,30 @@ BAD = {
     "replica_tolerance": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.nan, "1")],
     "check_rules": [(value, "must be True or False") for value in (0, "no", None)],
     "seed": [(value, "must be an integer of at least 0", "every rank") for value in (-1, 1.5, "0", None)],
+    "alpha": [(value, "must be a number in (0, 1e6]", "use 0.1") for value in (0, -1, math.nan, 1e7, "1", None)],
+    "sizes": [(value, "must be one of 'uneven', 'equal'") for value in ("even", None)],
+    "min_samples": [(value, "must be an integer of at least 0", "use 1") for value in (-1, 1.5, "1", None)],
+    "shards_per_client": [(value, "must be an integer of at least 1", "uses 2") for value in [*NOT_COUNTS, None]],
+    "law": [(value, "must be one of 'dirichlet', 'power-law'") for value in ("zipf", None)],
+    "exponent": [(value, "must be a number in (0, 20]", "use 1.0") for value in (0, -1.0, 21, math.nan, "1", None)],
+    "column": [(value, "must be the name of a column", 'column="user"') for value in ("", 3, None, ("user",))],
+    "fraction": [(value, "must be a number in (0, 1]", "use 0.1") for value in (0, 1.5, math.nan, "1", True, None)],
+    "count": [(value, "must be an integer of at least 1", "use fraction") for value in NOT_COUNTS],
+    "probability": [
+        (value, "must be a number in (0, 1] or one per client", "use 0.1")
+        for value in (0, 1.5, math.nan, "0.1", True, None, (), ("a",), ((0.1,),))
+    ],
+    "off_to_on": [(value, "must be a number in (0, 1]", "uses 0.05") for value in (0, 1.5, math.nan, "1", None)],
+    "period": [(value, "must be an integer of at least 1", "uses 100 rounds") for value in [*NOT_COUNTS, None]],
+    "path": [(value, "must be the name of a file", "CSV or JSON") for value in ("", 3, None)],
+    "at_end": [(value, "must be one of 'repeat', 'error'") for value in ("stop", None)],
+    "mean_s": [
+        (value, "must be a positive number of seconds or one per client", "use 1.0")
+        for value in (0, -1.0, math.inf, math.nan, "1", True, None, (), ("a",))
+    ],
+    "slowest": [(value, "must be a number of at least 1", "use 5.0") for value in (0.5, math.nan, "5", True, None)],
+    "spread": [(value, "must be a number in (0, 1]", "use 0.5") for value in (0, 1.5, math.nan, "1", None)],
+    "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
     (ListWarmup, "densities"): [

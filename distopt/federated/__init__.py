@@ -1,1 +1,66 @@
-"""Federated averaging: rounds between a server and clients that come and go."""
+"""Federated averaging: rounds between a server and clients that keep their data, come and go."""
+
+from distopt.federated.clock import Arrival, VirtualClock
+from distopt.federated.delays import (
+    ConstantDelays,
+    DelayProcess,
+    Delays,
+    ExponentialDelays,
+    HeavyTailedDelays,
+    TracedDelays,
+    UniformDelays,
+)
+from distopt.federated.participation import (
+    Bernoulli,
+    Cyclic,
+    Everybody,
+    Markov,
+    Participation,
+    ParticipationProcess,
+    TracedParticipation,
+    UniformSampling,
+    correlated_probabilities,
+)
+from distopt.federated.partition import (
+    ColumnPartition,
+    DirichletPartition,
+    IIDPartition,
+    NaturalPartition,
+    Partition,
+    QuantityPartition,
+    ShardPartition,
+    describe,
+    label_counts,
+    label_distributions,
+)
+
+__all__ = [
+    "Arrival",
+    "Bernoulli",
+    "ColumnPartition",
+    "ConstantDelays",
+    "Cyclic",
+    "DelayProcess",
+    "Delays",
+    "DirichletPartition",
+    "Everybody",
+    "ExponentialDelays",
+    "HeavyTailedDelays",
+    "IIDPartition",
+    "Markov",
+    "NaturalPartition",
+    "Participation",
+    "ParticipationProcess",
+    "Partition",
+    "QuantityPartition",
+    "ShardPartition",
+    "TracedDelays",
+    "TracedParticipation",
+    "UniformDelays",
+    "UniformSampling",
+    "VirtualClock",
+    "correlated_probabilities",
+    "describe",
+    "label_counts",
+    "label_distributions",
+]
