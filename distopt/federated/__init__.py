@@ -2,5 +2,17 @@
 
 from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
 from distopt.federated.participation_weights import ParticipationWeights
+from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
 
-__all__ = ["ParticipationWeights", "sample_weights", "uniform_weights", "weighted_sum"]
+__all__ = [
+    "ParticipationWeights",
+    "bulyan",
+    "krum",
+    "krum_scores",
+    "median",
+    "multi_krum",
+    "sample_weights",
+    "trimmed_mean",
+    "uniform_weights",
+    "weighted_sum",
+]
