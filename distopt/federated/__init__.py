@@ -1,5 +1,8 @@
 """Federated averaging: rounds between a server and clients that keep their data, come and go."""
 
+from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
+from distopt.federated.client import Client
 from distopt.federated.clock import Arrival, VirtualClock
 from distopt.federated.delays import (
     ConstantDelays,
@@ -10,6 +13,9 @@ from distopt.federated.delays import (
     TracedDelays,
     UniformDelays,
 )
+from distopt.federated.fedavg import FedAvg
+from distopt.federated.layout import Layout
+from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.participation import (
     Bernoulli,
     Cyclic,
@@ -21,6 +27,7 @@ from distopt.federated.participation import (
     UniformSampling,
     correlated_probabilities,
 )
+from distopt.federated.participation_weights import ParticipationWeights
 from distopt.federated.partition import (
     ColumnPartition,
     DirichletPartition,
@@ -33,10 +40,14 @@ from distopt.federated.partition import (
     label_counts,
     label_distributions,
 )
+from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
+from distopt.federated.server import Server, ServerState
 
 __all__ = [
     "Arrival",
     "Bernoulli",
+    "Broadcast",
+    "Client",
     "ColumnPartition",
     "ConstantDelays",
     "Cyclic",
@@ -45,22 +56,39 @@ __all__ = [
     "DirichletPartition",
     "Everybody",
     "ExponentialDelays",
+    "FedAvg",
+    "FederatedAlgorithm",
     "HeavyTailedDelays",
     "IIDPartition",
+    "Layout",
+    "LocalRound",
     "Markov",
     "NaturalPartition",
     "Participation",
     "ParticipationProcess",
+    "ParticipationWeights",
     "Partition",
     "QuantityPartition",
+    "Reply",
+    "Server",
+    "ServerState",
     "ShardPartition",
     "TracedDelays",
     "TracedParticipation",
     "UniformDelays",
     "UniformSampling",
     "VirtualClock",
+    "bulyan",
     "correlated_probabilities",
     "describe",
+    "krum",
+    "krum_scores",
     "label_counts",
     "label_distributions",
+    "median",
+    "multi_krum",
+    "sample_weights",
+    "trimmed_mean",
+    "uniform_weights",
+    "weighted_sum",
 ]

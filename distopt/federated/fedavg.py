@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distopt.config import check_choice, check_number
 from distopt.federated.algorithm import FederatedAlgorithm, stacked, step_from
+from distopt.federated.averaging import sample_weights, uniform_weights
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 from distopt.ops import weighted_sum_
@@ -23,8 +24,9 @@ WEIGHTINGS = ("samples", "uniform")
 
 def mean_weights(weighting: str, replies: Sequence[Reply]) -> list[float]:
     """n_k / sum of n_k, or the same for all; they sum to 1."""
-    counts = [reply.num_samples if weighting == "samples" else 1 for reply in replies]
-    return [count / sum(counts) for count in counts]
+    uniform = weighting == "uniform"
+    found = uniform_weights(len(replies)) if uniform else sample_weights([reply.num_samples for reply in replies])
+    return [float(weight) for weight in found]
 
 
 def weighted_delta(replies: Sequence[Reply], weights: Sequence[float], num_trained: int, name: str = DELTA) -> Tensor:

@@ -3,8 +3,8 @@
 Averaged are the floating-point parameters and buffers, tied ones once. Integer buffers (BatchNorm's counter) never are,
 and neither is what the exclusion list names: those keep the values that each holder of the model has of its own.
 
-What is trained comes first: the vector's head, of which the algorithms' equations speak. Behind it are float buffers and
-frozen parameters, of which a server takes the weighted mean: a sum of weights other than one would make a variance
+What is trained comes first: the vector's head, of which the algorithms' equations speak. Behind it are float buffers
+and frozen parameters, of which a server takes the weighted mean: a sum of weights other than one would make a variance
 negative.
 
 Limits: one dtype for all that is averaged.

@@ -1,4 +1,4 @@
-"""The server's side of a round, around any algorithm: which replies count, what they make of the model, what is sent next.
+"""The server's side of a round, around any algorithm: which replies count, and what they make of the model.
 
 A reply that is not finite, comes twice, answers another version than the algorithm takes, or does not fit the model is
 refused and counted, and its client counts as not participating. Replies of no samples count for nothing. The order of
