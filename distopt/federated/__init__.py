@@ -4,6 +4,7 @@ from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
 from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
 from distopt.federated.client import Client
 from distopt.federated.clock import Arrival, VirtualClock
+from distopt.federated.data import ClientData
 from distopt.federated.delays import (
     ConstantDelays,
     DelayProcess,
@@ -14,7 +15,9 @@ from distopt.federated.delays import (
     UniformDelays,
 )
 from distopt.federated.fedavg import FedAvg
+from distopt.federated.history import History
 from distopt.federated.layout import Layout
+from distopt.federated.local_training import LocalTraining
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.participation import (
     Bernoulli,
@@ -42,12 +45,14 @@ from distopt.federated.partition import (
 )
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
 from distopt.federated.server import Server, ServerState
+from distopt.federated.simulation import Simulation
 
 __all__ = [
     "Arrival",
     "Bernoulli",
     "Broadcast",
     "Client",
+    "ClientData",
     "ColumnPartition",
     "ConstantDelays",
     "Cyclic",
@@ -59,9 +64,11 @@ __all__ = [
     "FedAvg",
     "FederatedAlgorithm",
     "HeavyTailedDelays",
+    "History",
     "IIDPartition",
     "Layout",
     "LocalRound",
+    "LocalTraining",
     "Markov",
     "NaturalPartition",
     "Participation",
@@ -73,6 +80,7 @@ __all__ = [
     "Server",
     "ServerState",
     "ShardPartition",
+    "Simulation",
     "TracedDelays",
     "TracedParticipation",
     "UniformDelays",
