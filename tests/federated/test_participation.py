@@ -349,6 +349,8 @@ def test_probabilities_that_depend_on_the_labels():
     assert weights.sum() == pytest.approx(1.0, abs=1e-9)
     assert np.allclose(pure[10:], 0.01 * 10 * rows @ weights, atol=1e-11)
     assert np.allclose(drawn[3], np.clip(0.1 * 10 * rows @ weights, 0.02, 1.0), atol=1e-9)
+    assert np.allclose(correlated_probabilities(rows, mean=1.0, seed=3), np.clip(10 * rows @ weights, 0.02, 1.0))
+    assert correlated_probabilities(rows, mean=1.0, seed=3).max() == 1.0
     assert (weights > 0.3).sum() in (1, 2)  # Dir(0.1) has few large ones
 
 

@@ -195,6 +195,13 @@ def test_the_labels_of_a_client_are_dirichlet_while_they_last():
     assert shares.var() == pytest.approx(0.2 * 0.8 / (5 * 0.5 + 1), rel=0.15)
 
 
+@pytest.mark.parametrize("sizes", ["uneven", "equal"])
+def test_which_samples_of_a_label_a_client_gets_is_random(sizes):
+    parts = DirichletPartition(alpha=10.0, sizes=sizes).split([0] * 300, 3, 0)
+    assert all((np.diff(part) > 1).any() for part in parts)
+    assert all(abs(part.mean() - 149.5) < 5 * 300 / np.sqrt(12 * len(part)) for part in parts)
+
+
 def test_filling_up_moves_no_more_than_is_missing():
     labels = ten_labels()
     before = DirichletPartition(alpha=0.05).split(labels, 30, 4)

@@ -1,7 +1,7 @@
 """Clients with a probability each: independent rounds, a chain of available and unavailable rounds, and cycles.
 
 Source: Wang & Ji, *A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging*, ICLR
-2024, section 5, whose defaults these are.
+2024, whose defaults these are.
 
 Limits: clients are independent of each other; an array of 8 bytes per client goes through a generator in each round of
 Bernoulli and Markov.

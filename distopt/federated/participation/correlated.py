@@ -1,6 +1,6 @@
 """Probabilities that depend on a client's labels, so that whoever takes part rarely has labels of its own.
 
-Source: Wang & Ji, ICLR 2024, section 5.
+Source: Wang & Ji, ICLR 2024 (the paper's experiments).
 """
 
 import numpy as np
