@@ -44,6 +44,7 @@ from distopt.federated.partition import (
     label_distributions,
 )
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
+from distopt.federated.robust_averages import Bulyan, Krum, Median, MultiKrum, RobustAverage, TrimmedMean
 from distopt.federated.server import Server, ServerState
 from distopt.federated.simulation import Simulation
 
@@ -51,6 +52,7 @@ __all__ = [
     "Arrival",
     "Bernoulli",
     "Broadcast",
+    "Bulyan",
     "Client",
     "ClientData",
     "ColumnPartition",
@@ -66,10 +68,13 @@ __all__ = [
     "HeavyTailedDelays",
     "History",
     "IIDPartition",
+    "Krum",
     "Layout",
     "LocalRound",
     "LocalTraining",
     "Markov",
+    "Median",
+    "MultiKrum",
     "NaturalPartition",
     "Participation",
     "ParticipationProcess",
@@ -77,12 +82,14 @@ __all__ = [
     "Partition",
     "QuantityPartition",
     "Reply",
+    "RobustAverage",
     "Server",
     "ServerState",
     "ShardPartition",
     "Simulation",
     "TracedDelays",
     "TracedParticipation",
+    "TrimmedMean",
     "UniformDelays",
     "UniformSampling",
     "VirtualClock",

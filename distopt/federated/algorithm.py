@@ -58,6 +58,11 @@ class FederatedAlgorithm(Algorithm):
     tables: ClassVar[tuple[str, ...]] = ()
     sends: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def fewest_replies(self) -> int:
+        """With fewer, the round leaves the model as it is."""
+        return 1
+
     # -- client --------------------------------------------------------------------------------------------------------
 
     def direction(

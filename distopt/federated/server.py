@@ -1,7 +1,8 @@
 """The server's side of a round, around any algorithm: which replies count, and what they make of the model.
 
 A reply that is not finite, comes twice, answers another version than the algorithm takes, or does not fit the model is
-refused and counted, and its client counts as not participating. Replies of no samples count for nothing. The order of
+refused and counted, and its client counts as not participating. Replies of no samples count for nothing, and so do
+fewer replies than the algorithm needs. The order of
 arrival changes no bit. A round without replies leaves the model as it is, and counters and schedules go on.
 
 Elements behind the trained ones (`Layout`), BatchNorm's variance among them, become the mean weighted by samples.
@@ -96,7 +97,9 @@ class Server:
         participated[[reply.client for reply in counted]] = True
         model = state.model
         weighing = [reply for reply in counted if reply.num_samples > 0]
-        if weighing:
+        if 0 < len(weighing) < self.algorithm.fewest_replies:
+            state.refused["too few replies"] += len(weighing)
+        elif weighing:
             weights = list(self.algorithm.weights(state.memory, weighing))
             head = self.algorithm.advance(state.memory, model[: self.num_trained], weighing, weights)
             model = torch.cat([head, self._mean_behind(model, weighing)])

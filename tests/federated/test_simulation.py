@@ -131,7 +131,8 @@ KILLED = """
         if row["round"] == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    job = simulation(checkpoint=sys.argv[2], checkpoint_every=2, participation=Bernoulli(probability=0.3), progress=progress)
+    chance = Bernoulli(probability=0.3)
+    job = simulation(checkpoint=sys.argv[2], checkpoint_every=2, participation=chance, progress=progress)
     job.resume()
     job.run(11)
 """
@@ -154,7 +155,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     job = simulation(checkpoint=tmp_path / "run.pt")
     job.run(1)
     job.save()
-    for changed, said in (({"seed": 4}, "seed of the checkpoint must be 4, got 3"), ({"algorithm": FedAvg(server_lr=2.0)}, "algorithm")):
+    for changed, said in (
+        ({"seed": 4}, "seed of the checkpoint must be 4, got 3"),
+        ({"algorithm": FedAvg(server_lr=2.0)}, "algorithm"),
+    ):
         with pytest.raises(StateMismatchError, match=said):
             simulation(checkpoint=tmp_path / "run.pt", **changed).resume()
 
