@@ -15,6 +15,7 @@ from distopt.federated.delays import (
     UniformDelays,
 )
 from distopt.federated.fedavg import FedAvg
+from distopt.federated.fisher import diagonal_fisher, fisher_average
 from distopt.federated.history import History
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
@@ -47,6 +48,14 @@ from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_kr
 from distopt.federated.robust_averages import Bulyan, Krum, Median, MultiKrum, RobustAverage, TrimmedMean
 from distopt.federated.server import Server, ServerState
 from distopt.federated.simulation import Simulation
+from distopt.federated.staleness import (
+    async_fedavg_weights,
+    fedbuff_weights,
+    fedfix_rounds,
+    fedfix_weights,
+    polynomial_discount,
+    synchronous_weights,
+)
 
 __all__ = [
     "Arrival",
@@ -93,16 +102,24 @@ __all__ = [
     "UniformDelays",
     "UniformSampling",
     "VirtualClock",
+    "async_fedavg_weights",
     "bulyan",
     "correlated_probabilities",
     "describe",
+    "diagonal_fisher",
+    "fedbuff_weights",
+    "fedfix_rounds",
+    "fedfix_weights",
+    "fisher_average",
     "krum",
     "krum_scores",
     "label_counts",
     "label_distributions",
     "median",
     "multi_krum",
+    "polynomial_discount",
     "sample_weights",
+    "synchronous_weights",
     "trimmed_mean",
     "uniform_weights",
     "weighted_sum",
