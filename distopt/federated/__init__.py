@@ -13,6 +13,7 @@ from distopt.federated.delays import (
     TracedDelays,
     UniformDelays,
 )
+from distopt.federated.deltas import SummedDeltas
 from distopt.federated.fedavg import FedAvg
 from distopt.federated.layout import Layout
 from distopt.federated.messages import Broadcast, Reply
@@ -42,6 +43,14 @@ from distopt.federated.partition import (
 )
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
 from distopt.federated.server import Server, ServerState
+from distopt.federated.server_optimizer import (
+    PlainStep,
+    ServerAdagrad,
+    ServerAdam,
+    ServerMomentum,
+    ServerOptimizer,
+    ServerYogi,
+)
 
 __all__ = [
     "Arrival",
@@ -68,11 +77,18 @@ __all__ = [
     "ParticipationProcess",
     "ParticipationWeights",
     "Partition",
+    "PlainStep",
     "QuantityPartition",
     "Reply",
     "Server",
+    "ServerAdagrad",
+    "ServerAdam",
+    "ServerMomentum",
+    "ServerOptimizer",
     "ServerState",
+    "ServerYogi",
     "ShardPartition",
+    "SummedDeltas",
     "TracedDelays",
     "TracedParticipation",
     "UniformDelays",
