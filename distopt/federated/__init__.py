@@ -15,6 +15,9 @@ from distopt.federated.delays import (
 )
 from distopt.federated.deltas import SummedDeltas
 from distopt.federated.fedavg import FedAvg
+from distopt.federated.feddyn import FedDyn
+from distopt.federated.fedprox import FedProx
+from distopt.federated.fedspeed import FedSpeed
 from distopt.federated.layout import Layout
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.participation import (
@@ -42,6 +45,7 @@ from distopt.federated.partition import (
     label_distributions,
 )
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
+from distopt.federated.scaffold import Scaffold
 from distopt.federated.server import Server, ServerState
 from distopt.federated.server_optimizer import (
     PlainStep,
@@ -66,6 +70,9 @@ __all__ = [
     "Everybody",
     "ExponentialDelays",
     "FedAvg",
+    "FedDyn",
+    "FedProx",
+    "FedSpeed",
     "FederatedAlgorithm",
     "HeavyTailedDelays",
     "IIDPartition",
@@ -80,6 +87,7 @@ __all__ = [
     "PlainStep",
     "QuantityPartition",
     "Reply",
+    "Scaffold",
     "Server",
     "ServerAdagrad",
     "ServerAdam",
