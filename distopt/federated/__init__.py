@@ -1,6 +1,7 @@
 """Federated averaging: rounds between a server and clients that keep their data, come and go."""
 
 from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.average_all import AverageAll
 from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
 from distopt.federated.client import Client
 from distopt.federated.clock import Arrival, VirtualClock
@@ -14,10 +15,13 @@ from distopt.federated.delays import (
     UniformDelays,
 )
 from distopt.federated.deltas import SummedDeltas
+from distopt.federated.fedau import FedAU
 from distopt.federated.fedavg import FedAvg
 from distopt.federated.feddyn import FedDyn
+from distopt.federated.fednova import FedNova
 from distopt.federated.fedprox import FedProx
 from distopt.federated.fedspeed import FedSpeed
+from distopt.federated.known_participation import KnownParticipation
 from distopt.federated.layout import Layout
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.participation import (
@@ -58,6 +62,7 @@ from distopt.federated.server_optimizer import (
 
 __all__ = [
     "Arrival",
+    "AverageAll",
     "Bernoulli",
     "Broadcast",
     "Client",
@@ -69,13 +74,16 @@ __all__ = [
     "DirichletPartition",
     "Everybody",
     "ExponentialDelays",
+    "FedAU",
     "FedAvg",
     "FedDyn",
+    "FedNova",
     "FedProx",
     "FedSpeed",
     "FederatedAlgorithm",
     "HeavyTailedDelays",
     "IIDPartition",
+    "KnownParticipation",
     "Layout",
     "LocalRound",
     "Markov",
