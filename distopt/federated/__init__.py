@@ -21,9 +21,11 @@ from distopt.federated.feddyn import FedDyn
 from distopt.federated.fednova import FedNova
 from distopt.federated.fedprox import FedProx
 from distopt.federated.fedspeed import FedSpeed
+from distopt.federated.fedvarp import FedVarp
 from distopt.federated.known_participation import KnownParticipation
 from distopt.federated.layout import Layout
 from distopt.federated.messages import Broadcast, Reply
+from distopt.federated.mifa import MIFA
 from distopt.federated.participation import (
     Bernoulli,
     Cyclic,
@@ -61,6 +63,7 @@ from distopt.federated.server_optimizer import (
 )
 
 __all__ = [
+    "MIFA",
     "Arrival",
     "AverageAll",
     "Bernoulli",
@@ -80,6 +83,7 @@ __all__ = [
     "FedNova",
     "FedProx",
     "FedSpeed",
+    "FedVarp",
     "FederatedAlgorithm",
     "HeavyTailedDelays",
     "IIDPartition",
