@@ -103,7 +103,7 @@ def scaffold(eta):
         for clients in rounds:
             ys, before = {}, own.copy()
             for i in clients:
-                ys[i] = local(i, x, lambda g, y, i=i: g(y) - before[i] + c)
+                ys[i] = local(i, x, lambda g, y, drift=c - before[i]: g(y) + drift)
                 own[i] = before[i] - c + (x - ys[i]) / (NUM_STEPS[i] * LR)
             if clients:
                 x = x + eta * np.mean([ys[i] - x for i in clients], axis=0)
@@ -117,7 +117,7 @@ def feddyn(a):
     def models(rounds):
         x, h, ghat = START.copy(), np.zeros(NUM_VALUES), zeros()
         for clients in rounds:
-            ys = [local(i, x, lambda g, y, i=i: g(y) - ghat[i] + a * (y - x)) for i in clients]
+            ys = [local(i, x, lambda g, y, x=x, own=ghat[i]: g(y) - own + a * (y - x)) for i in clients]
             for i, y in zip(clients, ys, strict=True):
                 ghat[i] -= a * (y - x)
             if clients:
