@@ -64,9 +64,17 @@ class Server:
         self.num_trained = num_trained
 
     def begin(self, model: Tensor, num_clients: int) -> ServerState:
-        """The state before the first round."""
-        if num_clients < 1:
-            raise ConfigError(f"num_clients must be at least 1, got {num_clients}; register the clients first")
+        """The state before the first round.
+
+        Raises:
+            ConfigError: A value breaks its rule, or does not fit the algorithm.
+        """
+        check_count("num_clients", num_clients, low=1, remedy="register the clients first")
+        if model.dim() != 1 or len(model) < self.num_trained:
+            raise ConfigError(
+                f"model must be a flat vector of at least {self.num_trained} elements, got shape {tuple(model.shape)}; "
+                "use Layout.read"
+            )
         memory = ServerMemory(
             self.num_trained,
             model.dtype,
