@@ -1,6 +1,7 @@
 """Federated averaging: rounds between a server and clients that keep their data, come and go."""
 
 from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.average_all import AverageAll
 from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
 from distopt.federated.client import Client
 from distopt.federated.clock import Arrival, VirtualClock
@@ -14,12 +15,21 @@ from distopt.federated.delays import (
     TracedDelays,
     UniformDelays,
 )
+from distopt.federated.deltas import SummedDeltas
+from distopt.federated.fedau import FedAU
 from distopt.federated.fedavg import FedAvg
+from distopt.federated.feddyn import FedDyn
+from distopt.federated.fednova import FedNova
+from distopt.federated.fedprox import FedProx
+from distopt.federated.fedspeed import FedSpeed
+from distopt.federated.fedvarp import FedVarp
 from distopt.federated.fisher import diagonal_fisher, fisher_average
 from distopt.federated.history import History
+from distopt.federated.known_participation import KnownParticipation
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.messages import Broadcast, Reply
+from distopt.federated.mifa import MIFA
 from distopt.federated.participation import (
     Bernoulli,
     Cyclic,
@@ -46,7 +56,16 @@ from distopt.federated.partition import (
 )
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
 from distopt.federated.robust_averages import Bulyan, Krum, Median, MultiKrum, RobustAverage, TrimmedMean
+from distopt.federated.scaffold import Scaffold
 from distopt.federated.server import Server, ServerState
+from distopt.federated.server_optimizer import (
+    PlainStep,
+    ServerAdagrad,
+    ServerAdam,
+    ServerMomentum,
+    ServerOptimizer,
+    ServerYogi,
+)
 from distopt.federated.simulation import Simulation
 from distopt.federated.staleness import (
     async_fedavg_weights,
@@ -58,7 +77,9 @@ from distopt.federated.staleness import (
 )
 
 __all__ = [
+    "MIFA",
     "Arrival",
+    "AverageAll",
     "Bernoulli",
     "Broadcast",
     "Bulyan",
@@ -72,11 +93,18 @@ __all__ = [
     "DirichletPartition",
     "Everybody",
     "ExponentialDelays",
+    "FedAU",
     "FedAvg",
+    "FedDyn",
+    "FedNova",
+    "FedProx",
+    "FedSpeed",
+    "FedVarp",
     "FederatedAlgorithm",
     "HeavyTailedDelays",
     "History",
     "IIDPartition",
+    "KnownParticipation",
     "Krum",
     "Layout",
     "LocalRound",
@@ -89,13 +117,21 @@ __all__ = [
     "ParticipationProcess",
     "ParticipationWeights",
     "Partition",
+    "PlainStep",
     "QuantityPartition",
     "Reply",
     "RobustAverage",
+    "Scaffold",
     "Server",
+    "ServerAdagrad",
+    "ServerAdam",
+    "ServerMomentum",
+    "ServerOptimizer",
     "ServerState",
+    "ServerYogi",
     "ShardPartition",
     "Simulation",
+    "SummedDeltas",
     "TracedDelays",
     "TracedParticipation",
     "TrimmedMean",

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from distopt.config import Algorithm
@@ -30,7 +29,7 @@ class LocalRound:
 
     Attributes:
         moved: (..., d), y - x.
-        num_steps: K, how many local steps; (..., 1) float where clients differ.
+        num_steps: K, how many local steps, at least 1; (..., 1) float where clients differ.
         lr: eta_l, the local learning rate; the mean over the steps where it changes.
         kept: What the client kept from its last round, zeros in its first, (..., d) each.
         extras: Of the broadcast, (d,) each.
@@ -85,7 +84,7 @@ class FederatedAlgorithm(Algorithm):
     # -- server --------------------------------------------------------------------------------------------------------
 
     def begin(self, memory: ServerMemory) -> None:
-        """Puts counters of its own into a new memory."""
+        """Puts counters into a new memory, and vectors that only these settings need."""
 
     def accepts(self, answered: int, version: int) -> bool:
         """Whether a reply to version `answered` counts in the round of `version`; a synchronous one takes its own."""
@@ -97,13 +96,16 @@ class FederatedAlgorithm(Algorithm):
 
     @abstractmethod
     def weights(self, memory: ServerMemory, replies: Sequence[Reply]) -> Sequence[float]:
-        """One weight for each reply; the replies are of different clients, in ascending order."""
+        """One weight for each reply; the replies are of different clients, in ascending order.
+
+        May note in the memory what the replies say of their clients, such that asking again changes nothing.
+        """
 
     @abstractmethod
     def advance(
         self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
     ) -> Tensor:
-        """The next model, (d,), not in place. There is at least one reply. May change the memory."""
+        """The next x, (d,), not in place. There is at least one reply, `model` is x, (d,). May change the memory."""
 
     def tick(self, memory: ServerMemory, participated: Tensor) -> None:
         """After every round, empty ones too: (num_clients,) bool says whose replies have counted."""
@@ -116,8 +118,3 @@ class FederatedAlgorithm(Algorithm):
 def stacked(replies: Sequence[Reply], name: str, length: int) -> list[Tensor]:
     """The first `length` elements of one tensor of each reply."""
     return [reply.tensors[name][:length] for reply in replies]
-
-
-def step_from(model: Tensor, direction: Tensor | None, lr: float) -> Tensor:
-    """`x + eta_g * direction`; a copy of x where there is no direction."""
-    return model.clone() if direction is None else torch.add(model, direction, alpha=lr)

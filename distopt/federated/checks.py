@@ -1,5 +1,6 @@
-"""Checks of the small vectors that come with a round: one number for each client."""
+"""Checks of settings, and of the small vectors that come with a round: one number for each client."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,13 @@ def float_vector(field: str, values: Sequence[float] | Tensor, *, remedy: str, p
         i = int(wrong.nonzero()[0])
         raise ConfigError(f"{field} must be {rule}, got {float(vector[i])} at {i}; {remedy}")
     return vector
+
+
+def check_at_least_zero(field: str, value: object, *, remedy: str) -> None:
+    """Raises `ConfigError` unless value is a finite number of at least 0."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not valid:
+        raise ConfigError(f"{field} must be a finite number of at least 0, got {value!r}; {remedy}")
 
 
 def check_shares(field: str, vector: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
 from distopt.federated.layout import Layout
 from distopt.federated.messages import DELTA, Broadcast, Reply
+from distopt.ops import all_finite
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -67,7 +68,7 @@ class Client:
         rates: list[float] = []
         for batch in batches:
             self._local_step(model, parameters, start, kept, broadcast.extras, batch)
-            rates.append(optimizer.param_groups[0]["lr"])
+            rates.append(float(optimizer.param_groups[0]["lr"]))
             optimizer.step()
         delta = layout.read(model) - broadcast.model
         local = LocalRound(
@@ -77,7 +78,10 @@ class Client:
             kept=kept,
             extras=broadcast.extras,
         )
-        kept, sent = self.algorithm.finish(local) if rates else (kept, self._nothing(local))
+        keeps, sent = self.algorithm.finish(local) if rates else (kept, self._nothing(local))
+        # The server refuses what is not finite; keeping it would spoil all later rounds of this client too.
+        if all(all_finite(tensor) for tensor in (delta, *keeps.values(), *sent.values())):
+            kept = keeps
         whole = torch.cat([sent[DELTA], delta[layout.num_trained :]])
         reply = Reply(
             client=client,

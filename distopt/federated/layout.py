@@ -31,7 +31,7 @@ class Layout:
 
     Raises:
         ConfigError: A name in `exclude` fits nothing in the model.
-        CompatibilityError: Nothing is left to average, or tensors differ in dtype.
+        CompatibilityError: Nothing is left to average or to train, or tensors differ in dtype.
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
@@ -47,6 +47,11 @@ class Layout:
                 f"what is averaged must have one dtype, got {described}; convert the model, or exclude some of it"
             )
         trained = {name: t for name, t in kept.items() if t.requires_grad}
+        if not trained:
+            raise CompatibilityError(
+                "there must be something to train among what is averaged, got a model without; exclude less of it, or "
+                "set requires_grad"
+            )
         kept = trained | kept
         self.trained_names = tuple(trained)
         self.names = tuple(kept)
@@ -56,13 +61,22 @@ class Layout:
         self.num_elements = sum(t.numel() for t in kept.values())
 
     def read(self, model: nn.Module) -> Tensor:
-        """(d,), a copy of the averaged tensors."""
+        """(num_elements,), a copy of the averaged tensors."""
         tensors = _tensors(model)
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
 
     @torch.no_grad()
     def write(self, model: nn.Module, vector: Tensor) -> None:
-        """Sets the averaged tensors."""
+        """Sets the averaged tensors.
+
+        Raises:
+            ConfigError: The vector has another length; nothing was changed.
+        """
+        if vector.shape != (self.num_elements,):
+            raise ConfigError(
+                f"the vector must have {self.num_elements} elements, got {vector.numel()}; it is of another model or "
+                "of another exclusion list"
+            )
         tensors = _tensors(model)
         for name, part in self.split(vector).items():
             tensors[name].copy_(part)
@@ -73,10 +87,10 @@ class Layout:
         return [tensors[name] for name in self.trained_names]
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a vector (..., d) by name, each (..., *shape)."""
+        """Views of a vector (..., num_elements) by name, each (..., *shape)."""
         parts = vector.split([shape.numel() for shape in self.shapes], dim=-1)
         return {
-            name: part.view(*vector.shape[:-1], *shape)
+            name: part.view((*vector.shape[:-1], *shape))
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 

@@ -12,28 +12,29 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distopt.config import check_count, check_number
+from distopt.config import check_count
 from distopt.federated import robust
-from distopt.federated.algorithm import FederatedAlgorithm, stacked, step_from
+from distopt.federated.algorithm import stacked
+from distopt.federated.deltas import SummedDeltas
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 
 
 @dataclass(frozen=True, kw_only=True)
-class RobustAverage(FederatedAlgorithm):
+class RobustAverage(SummedDeltas):
     """`x + eta_g * rule(deltas)`.
 
     Args:
         num_byzantine: f, how many of a round's replies may be arbitrary.
-        server_lr: eta_g.
+        server_lr: eta_g; None takes the server optimizer's own, 1 for a plain step.
+        server_optimizer: What it makes of the rule's delta before it goes along it.
     """
 
     num_byzantine: int = 1  # more bears more liars, and needs more replies
-    server_lr: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("num_byzantine", self.num_byzantine, low=0, remedy="give how many clients may be wrong")
-        check_number("server_lr", self.server_lr, rule="above 0", remedy="use 1.0", low=0.0, high=1e6)
 
     @abstractmethod
     def combine(self, deltas: list[Tensor]) -> Tensor:
@@ -47,7 +48,7 @@ class RobustAverage(FederatedAlgorithm):
         self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
     ) -> Tensor:
         """See `FederatedAlgorithm.advance`."""
-        return step_from(model, self.combine(stacked(replies, DELTA, memory.num_trained)), self.server_lr)
+        return self.step_along(memory, model, self.combine(stacked(replies, DELTA, memory.num_trained)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,8 @@ class MultiKrum(RobustAverage, name="multi-krum"):
 
     Args:
         num_byzantine: f, how many of a round's replies may be arbitrary.
-        server_lr: eta_g.
+        server_lr: eta_g; None takes the server optimizer's own, 1 for a plain step.
+        server_optimizer: What it makes of the rule's delta before it goes along it.
         num_selected: How many, at most n - f; None for n - f - 2.
     """
 

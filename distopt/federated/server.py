@@ -1,9 +1,10 @@
 """The server's side of a round, around any algorithm: which replies count, and what they make of the model.
 
-A reply that is not finite, comes twice, answers another version than the algorithm takes, or does not fit the model is
-refused and counted, and its client counts as not participating. Replies of no samples count for nothing, and so do
-fewer replies than the algorithm needs. The order of
-arrival changes no bit. A round without replies leaves the model as it is, and counters and schedules go on.
+A reply that is not finite, comes twice, answers another version than the algorithm takes, says impossible numbers or
+does not fit the model is refused and counted, and its client counts as not participating. Of two that both could count
+it is the newer version, and of one version the first to come. Replies of no samples count for nothing, nor do fewer
+replies than the algorithm needs. The order of arrival changes no bit. A round without replies leaves the model as it
+is, and counters and schedules go on.
 
 Elements behind the trained ones (`Layout`), BatchNorm's variance among them, become the mean weighted by samples.
 """
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.config import check_count
 from distopt.errors import ConfigError, StateMismatchError
 from distopt.federated.algorithm import FederatedAlgorithm
+from distopt.federated.deltas import weighted_rows
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Broadcast, Reply
-from distopt.ops import all_finite, weighted_sum_
+from distopt.ops import all_finite
 
 
 @dataclass
@@ -62,9 +65,17 @@ class Server:
         self.num_trained = num_trained
 
     def begin(self, model: Tensor, num_clients: int) -> ServerState:
-        """The state before the first round."""
-        if num_clients < 1:
-            raise ConfigError(f"num_clients must be at least 1, got {num_clients}; register the clients first")
+        """The state before the first round.
+
+        Raises:
+            ConfigError: A value breaks its rule, or does not fit the algorithm.
+        """
+        check_count("num_clients", num_clients, low=1, remedy="register the clients first")
+        if model.dim() != 1 or len(model) < self.num_trained:
+            raise ConfigError(
+                f"model must be a flat vector of at least {self.num_trained} elements, got shape {tuple(model.shape)}; "
+                "use Layout.read"
+            )
         memory = ServerMemory(
             self.num_trained,
             model.dtype,
@@ -76,15 +87,36 @@ class Server:
         return ServerState(0, model.clone(), memory)
 
     def load(self, state: dict[str, Any], num_clients: int) -> ServerState:
-        """The state that `ServerState.state_dict` describes."""
+        """The state that `ServerState.state_dict` describes; clients that it has not seen join.
+
+        Raises:
+            StateMismatchError: It belongs to another model or algorithm, or to more clients.
+        """
         if len(state["model"]) < self.num_trained:
             raise StateMismatchError(
                 f"the model must have {self.num_trained} trained elements, got {len(state['model'])} in all; the "
                 "checkpoint belongs to another model"
             )
-        begun = self.begin(state["model"], num_clients)
+        saved = int(state["memory"]["num_clients"])
+        if num_clients < saved:
+            raise StateMismatchError(
+                f"there must be at least the {saved} clients of the checkpoint, got {num_clients}; those that are gone "
+                "stay registered"
+            )
+        begun = self.begin(state["model"], saved)
         begun.memory.load_state_dict(state["memory"])
-        return ServerState(int(state["version"]), state["model"], begun.memory, Counter(state["refused"]))
+        loaded = ServerState(int(state["version"]), begun.model, begun.memory, Counter(state["refused"]))
+        self.add_clients(loaded, num_clients - saved)
+        return loaded
+
+    def add_clients(self, state: ServerState, count: int) -> None:
+        """So many clients join between two rounds, with the numbers after the last one.
+
+        Raises:
+            ConfigError: It is not an integer of at least 0, or the algorithm cannot know what it needs of them.
+        """
+        check_count("count", count, low=0, remedy="give how many clients join")
+        self.algorithm.add_clients(state.memory, count)
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """What the clients of the coming round are sent."""
@@ -112,14 +144,12 @@ class Server:
         if not behind.numel():
             return behind
         total = sum(reply.num_samples for reply in replies)
-        moved = torch.empty_like(behind)
-        rows = [reply.delta[self.num_trained :].contiguous() for reply in replies]
-        weighted_sum_(moved, rows, [reply.num_samples / total for reply in replies])
-        return behind + moved
+        rows = [reply.delta[self.num_trained :] for reply in replies]
+        return behind + weighted_rows(rows, [reply.num_samples / total for reply in replies])
 
     def _counted(self, state: ServerState, replies: Sequence[Reply]) -> list[Reply]:
         counted: dict[int, Reply] = {}
-        for reply in sorted(replies, key=lambda reply: reply.client):
+        for reply in sorted(replies, key=lambda reply: (reply.client, -reply.version)):
             if (reason := self._why_not(state, reply)) is None and reply.client in counted:
                 reason = "duplicate"
             if reason is None:
@@ -133,11 +163,15 @@ class Server:
             return "unknown client"
         if not self.algorithm.accepts(reply.version, state.version):
             return "late" if reply.version < state.version else "another version"
+        if reply.num_samples < 0 or reply.num_steps < (reply.num_samples > 0):
+            return "numbers"
         expected = {DELTA: len(state.model), **dict.fromkeys(self.algorithm.sends, self.num_trained)}
         if {name: t.numel() for name, t in reply.tensors.items()} != expected:
             return "shape"
-        if any(t.dtype != state.model.dtype or t.dim() != 1 for t in reply.tensors.values()):
+        if any(t.dim() != 1 for t in reply.tensors.values()):
             return "shape"
-        if not all(all_finite(t) for t in reply.tensors.values()):
+        if any((t.dtype, t.device) != (state.model.dtype, state.model.device) for t in reply.tensors.values()):
+            return "dtype"
+        if not all(all_finite(t.contiguous()) for t in reply.tensors.values()):
             return "not finite"
         return None
