@@ -14,10 +14,19 @@ import pytest
 
 import distopt
 from distopt.coding import MSGC, SRSGC, GradientCoding
-from distopt.config import Configurable, FrozenMapping, from_config
+from distopt.config import Algorithm, Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
-from distopt.federated import ColumnPartition, TracedDelays, TracedParticipation
+from distopt.federated import (
+    ColumnPartition,
+    FedSpeed,
+    KnownParticipation,
+    PlainStep,
+    ServerAdam,
+    ServerMomentum,
+    TracedDelays,
+    TracedParticipation,
+)
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
@@ -30,6 +39,7 @@ REQUIRED = {
     ColumnPartition: {"column": "user"},
     TracedParticipation: {"path": "trace.csv"},
     TracedDelays: {"path": "trace.csv"},
+    KnownParticipation: {"probability": 0.5},
 }
 
 GOOD = {
@@ -93,11 +103,24 @@ GOOD = {
     "slowest": [1, 1.0, 5],
     "spread": [0.1, 1],
     "tail": [1.1, 3],
+    "weighting": ["samples", "uniform"],
+    "server_lr": [None, 1, 0.01, 10.0],
+    "server_optimizer": [PlainStep(), ServerMomentum(momentum=0.5), ServerAdam(tau=0.1)],
+    "rho": [0, 0.1],
+    "lambda_": [0.5, 10],
+    "server": ["paper", "public-simulator"],
+    "cutoff": [1, 50],
+    "momentum": [0, 0.9],
+    "beta1": [0, 0.9],
+    "beta2": [0, 0.99],
+    "tau": [1e-9, 1],
 }
-GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
+GOOD_FOR = {(FedSpeed, "alpha"): [0, 0.5, 1], (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
 
 DENSITY_RULE = ("must be a number in (0, 1]", "use 0.001 to send 0.1% of the gradient")
 BAD_DENSITIES = [0, 0.0, -0.1, 1.5, 2.0, math.nan, math.inf, -math.inf, "0.1", True, False, None, [0.1], 10**400]
+DECAY_RULE = ("must be a number in [0, 1)", "use 0.9 to remember about ten rounds")
+NOT_DECAYS = [-0.1, 1, 1.5, math.nan, math.inf, "0.9", True, None]
 NOT_COUNTS = [0, -1, 1.0, 2.5, "3", True, math.nan, [1]]
 BAD = {
     "density": [(value, *DENSITY_RULE) for value in BAD_DENSITIES],
@@ -180,12 +203,33 @@ BAD = {
     ],
     "slowest": [(value, "must be a number of at least 1", "use 5.0") for value in (0.5, math.nan, "5", True, None)],
     "spread": [(value, "must be a number in (0, 1]", "use 0.5") for value in (0, 1.5, math.nan, "1", None)],
+    "weighting": [(value, "must be one of 'samples', 'uniform'") for value in ("sample", 1, None)],
+    "server_lr": [
+        (value, "must be a number in (0, 1e6]", "use 1.0") for value in (0, -1.0, 1e7, math.nan, math.inf, "1", True)
+    ],
+    "server_optimizer": [
+        (value, "must be a server optimizer", "use distopt.federated.PlainStep()")
+        for value in ("adam", None, 1.0, ServerAdam, {"beta": 1})
+    ],
+    "rho": [(value, "must be a number of at least 0", "use 0.1") for value in (-0.1, math.nan, math.inf, "1", None)],
+    "lambda_": [(value, "must be a number above 0", "use 10.0") for value in (0, -1.0, math.inf, "1", True, None)],
+    "server": [(value, "must be one of 'paper', 'public-simulator'") for value in ("simulator", None)],
+    "cutoff": [
+        (value, "must be an integer of at least 1 or math.inf", "use 50") for value in (0, 2.5, "50", True, None)
+    ],
+    "momentum": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "beta1": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "beta2": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "tau": [(value, "must be a number in (0, 1e6]", "use 0.001") for value in (0, -1.0, math.nan, "1", True, None)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
+    (FedSpeed, "alpha"): [
+        (value, "must be a number in [0, 1]", "use 1.0") for value in (-0.1, 1.5, math.nan, "1", True, None)
+    ],
     (ListWarmup, "densities"): [
         (value, "must be a non-empty tuple", "use (0.25, 0.05)") for value in ((), [0.25], 0.25, None, "0.25", {})
-    ]
+    ],
 }
 
 
@@ -291,7 +335,8 @@ def test_an_unknown_key_names_the_known_ones(made):
 def test_an_unknown_algorithm_names_the_known_ones(name):
     with pytest.raises(ConfigError) as caught:
         from_config({"algorithm": name})
-    known = "dense, dgc, gradient-coding, topk"
+    known = ", ".join(sorted(Algorithm._known))
+    assert {"dense", "dgc", "fedavg", "gradient-coding", "topk"} <= set(Algorithm._known)
     assert str(caught.value) == f"'algorithm' must be one of {known}, got {name!r}; add it to the configuration"
 
 

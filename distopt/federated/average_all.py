@@ -3,8 +3,8 @@
 A baseline of Wang & Ji, *A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging*,
 ICLR 2024: `x + eta_g (1/N) sum_S Delta_k`.
 
-Limits: the mean over rounds leans towards clients that come often, as FedAvg's does. Steps are as short as few clients
-reply, so eta_g must make up for it.
+Limits: the mean over rounds leans towards clients that come often, as FedAvg's does. The fewer clients reply, the
+shorter are the steps: give a `server_lr` that makes up for it.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,12 @@ class AverageAll(SummedDeltas, name="average-all"):
     """Weights 1/N; see the module.
 
     Args:
-        server_lr: See `SummedDeltas`.
+        server_lr: See `SummedDeltas`; 10 makes up for it where one client in ten takes part.
         server_optimizer: See `SummedDeltas`.
 
     Raises:
         ConfigError: A value breaks its rule.
     """
-
-    server_lr: float | None = 10.0  # larger makes up for fewer replies: 10 where one client in ten takes part
 
     def weights(self, memory: ServerMemory, replies: Sequence[Reply]) -> list[float]:
         """See `FederatedAlgorithm.weights`."""

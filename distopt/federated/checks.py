@@ -26,11 +26,12 @@ def float_vector(field: str, values: Sequence[float] | Tensor, *, remedy: str, p
     return vector
 
 
-def check_at_least_zero(field: str, value: object, *, remedy: str) -> None:
-    """Raises `ConfigError` unless value is a finite number of at least 0."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+def check_from_zero(field: str, value: object, *, high: float = math.inf, remedy: str) -> None:
+    """Raises `ConfigError` unless value is a finite number in [0, high]."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high and value < math.inf
     if not valid:
-        raise ConfigError(f"{field} must be a finite number of at least 0, got {value!r}; {remedy}")
+        rule = "a number of at least 0" if high == math.inf else f"a number in [0, {high:g}]"
+        raise ConfigError(f"{field} must be {rule}, got {value!r}; {remedy}")
 
 
 def check_shares(field: str, vector: Tensor) -> None:

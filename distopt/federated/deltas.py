@@ -58,10 +58,12 @@ class SummedDeltas(FederatedAlgorithm):
 
     def __post_init__(self) -> None:
         if self.server_lr is not None:
-            check_number("server_lr", self.server_lr, rule="above 0", remedy="use 1.0 for the mean", low=0.0, high=1e6)
+            rule, remedy = "a number in (0, 1e6]", "use 1.0 for the mean, or leave it out"
+            check_number("server_lr", self.server_lr, rule=rule, remedy=remedy, low=0.0, high=1e6)
         if not isinstance(self.server_optimizer, ServerOptimizer):
             raise ConfigError(
-                f"server_optimizer must be a ServerOptimizer, got {self.server_optimizer!r}; use PlainStep()"
+                f"server_optimizer must be a server optimizer, got {self.server_optimizer!r}; use "
+                "distopt.federated.PlainStep()"
             )
 
     def begin(self, memory: ServerMemory) -> None:

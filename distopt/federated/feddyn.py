@@ -43,7 +43,7 @@ class FedDyn(FederatedAlgorithm, name="feddyn"):
     remembered = (ALL_MOVED,)
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, rule="above 0", remedy="use 0.001 to 0.1", low=0.0, high=1e6)
+        check_number("alpha", self.alpha, rule="a number in (0, 1e6]", remedy="use 0.1 or less", low=0.0, high=1e6)
 
     def direction(
         self, gradient: Callable[[Tensor | None], Tensor], moved: Tensor, kept: Vectors, extras: Vectors

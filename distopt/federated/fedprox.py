@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distopt.federated.algorithm import Vectors
-from distopt.federated.checks import check_at_least_zero
+from distopt.federated.checks import check_from_zero
 from distopt.federated.fedavg import FedAvg
 
 
@@ -34,7 +34,7 @@ class FedProx(FedAvg, name="fedprox"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_zero("mu", self.mu, remedy="use 0.001 to 1; 0 is FedAvg")
+        check_from_zero("mu", self.mu, remedy="use 0.001 to 1.0; 0 is FedAvg")
 
     def direction(
         self, gradient: Callable[[Tensor | None], Tensor], moved: Tensor, kept: Vectors, extras: Vectors

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from distopt.config import check_choice, check_number
-from distopt.errors import ConfigError
 from distopt.federated.algorithm import FederatedAlgorithm, LocalRound, Vectors
-from distopt.federated.checks import check_at_least_zero
+from distopt.federated.checks import check_from_zero
 from distopt.federated.deltas import mean_weights, mean_with_all_corrections, weighted_delta
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
@@ -58,11 +57,9 @@ class FedSpeed(FederatedAlgorithm, name="fedspeed"):
     kept = (CORRECTION,)
 
     def __post_init__(self) -> None:
-        check_at_least_zero("rho", self.rho, remedy="use 0.1")
-        check_at_least_zero("alpha", self.alpha, remedy="use 1.0, the gradient after the ascent step")
-        if self.alpha > 1:
-            raise ConfigError(f"alpha must be at most 1, got {self.alpha!r}; it is a share of the gradient")
-        check_number("lambda_", self.lambda_, rule="above 0", remedy="use 10.0", low=0.0, high=1e9)
+        check_from_zero("rho", self.rho, remedy="use 0.1")
+        check_from_zero("alpha", self.alpha, high=1.0, remedy="use 1.0, the gradient after the ascent step")
+        check_number("lambda_", self.lambda_, rule="a number above 0", remedy="use 10.0", low=0.0, high=1e9)
         check_choice("server", self.server, (PAPER, PUBLIC_SIMULATOR))
 
     def direction(

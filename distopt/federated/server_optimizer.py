@@ -87,7 +87,7 @@ class _Adaptive(ServerOptimizer):
 
     def __post_init__(self) -> None:
         _check_decay("beta1", self.beta1)
-        check_number("tau", self.tau, rule="above 0", remedy="use 0.001", low=0.0, high=1e6)
+        check_number("tau", self.tau, rule="a number in (0, 1e6]", remedy="use 0.001", low=0.0, high=1e6)
 
     def begin(self, memory: ServerMemory) -> None:
         """See `ServerOptimizer.begin`."""

@@ -1,8 +1,12 @@
-"""What holds for every registered algorithm, the next one included, on the day it is added."""
+"""What holds for every registered algorithm, the next one included, on the day it is added.
+
+Good and bad values of its settings are in `tests/test_config.py`.
+"""
 
 import dataclasses
 import io
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -26,7 +30,6 @@ from distopt.federated import (
     ServerAdagrad,
     ServerAdam,
     ServerMomentum,
-    ServerOptimizer,
     ServerYogi,
 )
 from distopt.federated.messages import DELTA
@@ -44,6 +47,7 @@ OPTIONS = {
     "fedadagrad": FedAvg(server_optimizer=ServerAdagrad()),
     "fedprox with momentum": FedProx(mu=0.1, server_optimizer=ServerMomentum()),
     "fedau of samples": FedAU(cutoff=2, weighting="samples"),
+    "fedau without cutoff": FedAU(cutoff=math.inf),
     "fedau with adam": FedAU(server_optimizer=ServerAdam()),
     "fedspeed simulator": FedSpeed(server="public-simulator", alpha=0.5),
     "mifa with momentum": MIFA(server_optimizer=ServerMomentum()),
@@ -468,42 +472,6 @@ def test_every_algorithm_is_registered_by_its_name():
         assert type(ALGORITHMS[name]) is made
 
 
-NOT_NUMBERS = ["1", None, True, float("nan"), float("inf")]
-BAD_VALUES = {
-    "weighting": ["sample", None, 1],
-    "server_lr": [0, -1.0, *(value for value in NOT_NUMBERS if value is not None)],
-    "server_optimizer": ["adam", None, 1.0],
-    "mu": [-0.1, *NOT_NUMBERS],
-    "alpha": [-0.1, *NOT_NUMBERS],
-    "rho": [-0.1, *NOT_NUMBERS],
-    "lambda_": [0, -1.0, *NOT_NUMBERS],
-    "server": ["simulator", None],
-    "cutoff": [0, 2.5, "50", True, None],
-    "probability": [0, 1.5, "1", (), None],
-    "momentum": [-0.1, 1, *NOT_NUMBERS],
-    "beta1": [-0.1, 1, *NOT_NUMBERS],
-    "beta2": [-0.1, 1, *NOT_NUMBERS],
-    "tau": [0, -1.0, *NOT_NUMBERS],
-}
-OPTIMIZERS = ServerOptimizer._known
-
-
-def settings_of(kinds):
-    return [(kind, field.name) for kind in kinds.values() for field in dataclasses.fields(kind)]
-
-
-@pytest.mark.parametrize(("kind", "field"), [*settings_of(REGISTERED), *settings_of(OPTIMIZERS)])
-def test_bad_value_is_an_error_with_key_value_rule_and_remedy(kind, field):
-    assert field in BAD_VALUES, f"say in BAD_VALUES what {field} must not be"
-    for value in BAD_VALUES[field]:
-        with pytest.raises(ConfigError) as raised:
-            kind(**{**ARGUMENTS.get(kind.name, {}), field: value})
-        message = str(raised.value)
-        assert message.startswith(f"{field} must be ")
-        assert f"got {value!r}" in message
-        assert "; " in message or "one of" in message
-
-
 def test_bad_keys_and_names_are_errors():
     for name in REGISTERED:
         with pytest.raises(ConfigError, match="unknown key 'surprise'"):
@@ -512,9 +480,7 @@ def test_bad_keys_and_names_are_errors():
         FederatedAlgorithm.from_dict({"algorithm": "fedavg", "server_optimizer": {"optimizer": "sgd"}})
     with pytest.raises(ConfigError, match="probability"):
         FederatedAlgorithm.from_dict({"algorithm": "known-participation"})
-    with pytest.raises(ConfigError, match=r"alpha must be at most 1, got 1\.5; "):
-        FedSpeed(alpha=1.5)
-    with pytest.raises(ConfigError, match=r"alpha must be above 0, got 0; "):
+    with pytest.raises(ConfigError, match=r"alpha must be a number in \(0, 1e6\], got 0; "):
         FederatedAlgorithm.from_dict({"algorithm": "feddyn", "alpha": 0})
 
 

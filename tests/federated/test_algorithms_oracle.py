@@ -13,13 +13,16 @@ from distopt.federated import (
     FedAU,
     FedAvg,
     FedDyn,
+    FederatedAlgorithm,
     FedNova,
     FedProx,
     FedSpeed,
     FedVarp,
     KnownParticipation,
     PlainStep,
+    Reply,
     Scaffold,
+    Server,
     ServerAdagrad,
     ServerAdam,
     ServerMomentum,
@@ -274,9 +277,9 @@ REDUCTIONS = {
     "fednova, same steps": (FedNova(), PLAIN, PARTIAL, True),
     "fedau, everybody": (FedAU(), UNIFORM, FULL, False),
     "fedau of samples, everybody": (FedAU(weighting="samples"), PLAIN, FULL, False),
-    "fedau, cutoff 1": (FedAU(cutoff=1), AverageAll(server_lr=1.0), PARTIAL, False),
-    "known, probability 1": (KnownParticipation(probability=1.0), AverageAll(server_lr=1.0), PARTIAL, False),
-    "average all, everybody": (AverageAll(server_lr=1.0), UNIFORM, FULL, False),
+    "fedau, cutoff 1": (FedAU(cutoff=1), AverageAll(), PARTIAL, False),
+    "known, probability 1": (KnownParticipation(probability=1.0), AverageAll(), PARTIAL, False),
+    "average all, everybody": (AverageAll(), UNIFORM, FULL, False),
     "fedvarp, everybody": (FedVarp(), UNIFORM, FULL, False),
     "mifa, everybody": (MIFA(), UNIFORM, FULL, False),
     "fedspeed of one gradient on the simulator is feddyn": (
@@ -329,3 +332,52 @@ def test_fedau_weighs_samples_with_the_mean_of_those_who_have_replied():
     job = Job(FedAU(weighting="samples"), num_samples=SAME_SAMPLES)
     uniform_job = Job(FedAU(), num_samples=SAME_SAMPLES)
     np.testing.assert_allclose(job.run(PARTIAL), uniform_job.run(PARTIAL), rtol=1e-12, atol=1e-12)
+
+
+def moved_by(reply_values, algorithm, rounds_before, count):
+    """How far one more round goes after `count` clients have joined a server of two; all deltas are of one element."""
+    server = Server(algorithm, 1)
+    state = server.begin(torch.zeros(1, dtype=torch.float64), 2)
+
+    def replies(values):
+        tensors = {c: {"delta": torch.tensor([v], dtype=torch.float64)} for c, v in values.items()}
+        return [
+            Reply(client=c, version=state.version, num_samples=1, num_steps=1, tensors=t) for c, t in tensors.items()
+        ]
+
+    for values in rounds_before:
+        state, _ = server.step(state, replies(values))
+    server.add_clients(state, count)
+    before = state.model.item()
+    state, _ = server.step(state, replies(reply_values))
+    return state.model.item() - before
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        (AverageAll(), (1 + 4) / 4),
+        (KnownParticipation(probability=0.5), 2 * (1 + 4) / 4),
+        # Client 0 came in rounds 1 and 3 of three: intervals 1 and 2, so 1.5; the newcomer starts with 1.
+        (FedAU(), (1.5 * 1 + 1 * 4) / 4),
+        # The latest of clients 0 and 1 were 7 and 3.
+        (FedVarp(), ((1 - 7) + 4) / 2 + (7 + 3) / 4),
+        (MIFA(), (1 + 3 + 4) / 4),
+        # All deltas of all rounds are 5, 3, 7, 1 and 4.
+        (FedDyn(), (1 + 4) / 2 + (5 + 3 + 7 + 1 + 4) / 4),
+        (FedSpeed(server="public-simulator"), (1 + 4) / 2 + (5 + 3 + 7 + 1 + 4) / 4),
+        (FedSpeed(), (1 + 4) / 2),
+    ],
+    ids=lambda case: case.name if isinstance(case, FederatedAlgorithm) else "",
+)
+def test_clients_that_join_later_are_among_all_clients(algorithm, expected):
+    history = [{0: 5.0}, {1: 3.0}, {0: 7.0}]
+    assert moved_by({0: 1.0, 3: 4.0}, algorithm, history, 2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_scaffolds_control_variate_is_the_mean_of_those_who_joined_too():
+    job = Job(Scaffold())
+    job.run(PARTIAL)
+    job.server.add_clients(job.state, 5)
+    before = job.broadcast.extras["control"]
+    torch.testing.assert_close(job.server.broadcast(job.state).extras["control"], before / 2, rtol=1e-12, atol=1e-12)
