@@ -21,6 +21,7 @@ from distopt.federated import (
     ColumnPartition,
     FedSpeed,
     KnownParticipation,
+    LocalTraining,
     PlainStep,
     ServerAdam,
     ServerMomentum,
@@ -40,6 +41,7 @@ REQUIRED = {
     TracedParticipation: {"path": "trace.csv"},
     TracedDelays: {"path": "trace.csv"},
     KnownParticipation: {"probability": 0.5},
+    LocalTraining: {"steps": 5},
 }
 
 GOOD = {
@@ -114,8 +116,21 @@ GOOD = {
     "beta1": [0, 0.9],
     "beta2": [0, 0.99],
     "tau": [1e-9, 1],
+    "num_byzantine": [0, 3],
+    "num_selected": [None, 2],
+    "lr": [1e-3, 2],
+    "lr_decay": [0.998, 1],
+    "batch_size": [1, 64],
+    "epochs": [None],
+    "steps": [1, 20],
+    "optimizer": ["SGD", "AdamW"],
+    "max_norm": [None, 10.0],
 }
-GOOD_FOR = {(FedSpeed, "alpha"): [0, 0.5, 1], (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
+GOOD_FOR = {
+    (LocalTraining, "options"): [{}, {"momentum": 0.9}],
+    (FedSpeed, "alpha"): [0, 0.5, 1],
+    (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)],
+}
 
 DENSITY_RULE = ("must be a number in (0, 1]", "use 0.001 to send 0.1% of the gradient")
 BAD_DENSITIES = [0, 0.0, -0.1, 1.5, 2.0, math.nan, math.inf, -math.inf, "0.1", True, False, None, [0.1], 10**400]
@@ -220,10 +235,24 @@ BAD = {
     "momentum": [(value, *DECAY_RULE) for value in NOT_DECAYS],
     "beta1": [(value, *DECAY_RULE) for value in NOT_DECAYS],
     "beta2": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "num_byzantine": [(value, "must be an integer of at least 0", "may be wrong") for value in (-1, 1.5, True, None)],
+    "num_selected": [(value, "must be an integer of at least 1", "n - f - 2") for value in (0, 1.5, True)],
+    "lr": [(value, "must be a number above 0", "use 0.1") for value in (0, -1.0, math.nan, "1", None)],
+    "lr_decay": [(value, "must be a number in (0, 1]", "use 1.0") for value in (0, 1.5, math.nan, "1", None)],
+    "batch_size": [(value, "must be an integer of at least 1", "use 32") for value in (0, 1.5, True, None)],
+    "epochs": [(value, "must be None beside steps=5", "leave one") for value in (1, 2)],  # beside steps
+    "steps": [(value, "must be an integer of at least 1", "use 5") for value in (0, 1.5, True)],
+    "optimizer": [
+        (value, "must be the name of a class in torch.optim", "'SGD'") for value in ("SDG", "Tensor", 3, None)
+    ],
+    "max_norm": [(value, "must be a number above 0", "use 10.0") for value in (0, -1.0, math.nan, "1")],
     "tau": [(value, "must be a number in (0, 1e6]", "use 0.001") for value in (0, -1.0, math.nan, "1", True, None)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
+    (LocalTraining, "options"): [
+        (value, "must be a mapping", '{"momentum": 0.9}') for value in (3, None, [("momentum", 0.9)])
+    ],
     (FedSpeed, "alpha"): [
         (value, "must be a number in [0, 1]", "use 1.0") for value in (-0.1, 1.5, math.nan, "1", True, None)
     ],

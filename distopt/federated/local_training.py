@@ -44,18 +44,22 @@ class LocalTraining(Configurable, tag="local", name="local"):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, rule="above 0", remedy="use 0.1", low=0.0, high=math.inf)
-        check_number("lr_decay", self.lr_decay, rule="in (0, 1]", remedy="use 1.0 for none", low=0.0, high=1.0)
+        check_number("lr", self.lr, rule="a number above 0", remedy="use 0.1", low=0.0, high=math.inf)
+        check_number("lr_decay", self.lr_decay, rule="a number in (0, 1]", remedy="use 1.0 for none", low=0.0, high=1.0)
         check_count("batch_size", self.batch_size, low=1, remedy="use 32")
-        if (self.epochs is None) == (self.steps is None):
+        if self.epochs is None and self.steps is None:
+            raise ConfigError("one of epochs and steps must be given, got none; steps=5, say")
+        if self.epochs is not None and self.steps is not None:
             raise ConfigError(
-                f"one of epochs and steps must be given, got epochs={self.epochs} and steps={self.steps}; steps=5, say"
+                f"epochs must be None beside steps={self.steps}, got {self.epochs}; leave one of them out"
             )
         for field in ("epochs", "steps"):
             if (value := getattr(self, field)) is not None:
                 check_count(field, value, low=1, remedy="use 5")
         if self.max_norm is not None:
-            check_number("max_norm", self.max_norm, rule="above 0", remedy="use 10.0", low=0.0, high=math.inf)
+            check_number("max_norm", self.max_norm, rule="a number above 0", remedy="use 10.0", low=0.0, high=math.inf)
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f'options must be a mapping, got {self.options!r}; use {{"momentum": 0.9}}')
         object.__setattr__(self, "options", FrozenMapping(self.options))
         optimizer_class(self.optimizer)
 
@@ -94,14 +98,14 @@ def optimizer_class(name: str) -> Any:
     Raises:
         ConfigError: Neither torch.optim nor pytorch_optimizer has it.
     """
-    found, where = getattr(torch.optim, name, None), ""
+    found, where = getattr(torch.optim, str(name), None), ""
     if found is None:
         try:
             import pytorch_optimizer
         except ModuleNotFoundError:
             where = "; pytorch_optimizer, which has more, is not installed"
         else:
-            found = getattr(pytorch_optimizer, name, None)
+            found = getattr(pytorch_optimizer, str(name), None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(
             f"optimizer must be the name of a class in torch.optim or pytorch_optimizer, got {name!r}{where}; use 'SGD'"

@@ -53,7 +53,9 @@ OPTIONS = {
     "mifa with momentum": MIFA(server_optimizer=ServerMomentum()),
     "scaffold with momentum": Scaffold(server_optimizer=ServerMomentum()),
 }
-ALGORITHMS = {name: made(**ARGUMENTS.get(name, {})) for name, made in REGISTERED.items()} | OPTIONS
+MADE = {name: made(**ARGUMENTS.get(name, {})) for name, made in REGISTERED.items()} | OPTIONS
+# Krum and its kin want larger rounds than these: test_robust_averages.py
+ALGORITHMS = {name: algorithm for name, algorithm in MADE.items() if algorithm.fewest_replies == 1}
 SYNCHRONOUS = [name for name, algorithm in ALGORITHMS.items() if not algorithm.accepts(0, 1)]
 
 NUM_CLIENTS, NUM_TRAINED, NUM_BEHIND = 6, 37, 4
@@ -468,8 +470,8 @@ def test_configuration_survives_json(algorithm):
 
 def test_every_algorithm_is_registered_by_its_name():
     for name, made in REGISTERED.items():
-        assert FederatedAlgorithm.from_dict({"algorithm": name, **ARGUMENTS.get(name, {})}) == ALGORITHMS[name]
-        assert type(ALGORITHMS[name]) is made
+        assert FederatedAlgorithm.from_dict({"algorithm": name, **ARGUMENTS.get(name, {})}) == MADE[name]
+        assert type(MADE[name]) is made
 
 
 def test_bad_keys_and_names_are_errors():

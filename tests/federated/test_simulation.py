@@ -197,9 +197,9 @@ def test_bad_settings_are_refused(changed, said):
     ("settings", "said"),
     [
         ({}, "one of epochs and steps must be given"),
-        ({"steps": 1, "epochs": 1}, "one of epochs and steps must be given"),
+        ({"steps": 1, "epochs": 1}, "epochs must be None beside steps=1, got 1"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
-        ({"steps": 1, "lr": 0.0}, "lr must be above 0"),
+        ({"steps": 1, "lr": 0.0}, "lr must be a number above 0"),
         ({"steps": 1, "optimizer": "SDG"}, "optimizer must be the name of a class"),
     ],
 )
