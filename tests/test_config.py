@@ -14,9 +14,20 @@ import pytest
 
 import distopt
 from distopt.coding import MSGC, SRSGC, GradientCoding
-from distopt.config import Configurable, FrozenMapping, from_config
+from distopt.config import Algorithm, Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
+from distopt.federated import (
+    ColumnPartition,
+    FedSpeed,
+    KnownParticipation,
+    LocalTraining,
+    PlainStep,
+    ServerAdam,
+    ServerMomentum,
+    TracedDelays,
+    TracedParticipation,
+)
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values()]
@@ -26,6 +37,11 @@ REQUIRED = {
     Link: {"latency_s": 1e-4, "bandwidth": 1e8},
     SRSGC: SEQUENTIAL,
     MSGC: SEQUENTIAL,
+    ColumnPartition: {"column": "user"},
+    TracedParticipation: {"path": "trace.csv"},
+    TracedDelays: {"path": "trace.csv"},
+    KnownParticipation: {"probability": 0.5},
+    LocalTraining: {"steps": 5},
 }
 
 GOOD = {
@@ -71,11 +87,55 @@ GOOD = {
     "replica_tolerance": [None, 1e-6],
     "check_rules": [True, False],
     "seed": [0, 7],
+    "alpha": [1e-6, 0.1, 100],
+    "sizes": ["uneven", "equal"],
+    "min_samples": [0, 10],
+    "shards_per_client": [1, 2],
+    "law": ["dirichlet", "power-law"],
+    "exponent": [0.5, 2],
+    "column": ["user", "writer id"],
+    "fraction": [0.01, 1],
+    "count": [None, 10],
+    "probability": [0.1, 1, (0.02, 0.5, 1.0)],
+    "off_to_on": [0.05, 1],
+    "period": [1, 100],
+    "path": ["trace.csv", "a folder/trace.json"],
+    "at_end": ["repeat", "error"],
+    "mean_s": [1, 0.2, (0.2, 1.0)],
+    "slowest": [1, 1.0, 5],
+    "spread": [0.1, 1],
+    "tail": [1.1, 3],
+    "weighting": ["samples", "uniform"],
+    "server_lr": [None, 1, 0.01, 10.0],
+    "server_optimizer": [PlainStep(), ServerMomentum(momentum=0.5), ServerAdam(tau=0.1)],
+    "rho": [0, 0.1],
+    "lambda_": [0.5, 10],
+    "server": ["paper", "public-simulator"],
+    "cutoff": [1, 50],
+    "momentum": [0, 0.9],
+    "beta1": [0, 0.9],
+    "beta2": [0, 0.99],
+    "tau": [1e-9, 1],
+    "num_byzantine": [0, 3],
+    "num_selected": [None, 2],
+    "lr": [1e-3, 2],
+    "lr_decay": [0.998, 1],
+    "batch_size": [1, 64],
+    "epochs": [None],
+    "steps": [1, 20],
+    "optimizer": ["SGD", "AdamW"],
+    "max_norm": [None, 10.0],
 }
-GOOD_FOR = {(ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)]}
+GOOD_FOR = {
+    (LocalTraining, "options"): [{}, {"momentum": 0.9}],
+    (FedSpeed, "alpha"): [0, 0.5, 1],
+    (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)],
+}
 
 DENSITY_RULE = ("must be a number in (0, 1]", "use 0.001 to send 0.1% of the gradient")
 BAD_DENSITIES = [0, 0.0, -0.1, 1.5, 2.0, math.nan, math.inf, -math.inf, "0.1", True, False, None, [0.1], 10**400]
+DECAY_RULE = ("must be a number in [0, 1)", "use 0.9 to remember about ten rounds")
+NOT_DECAYS = [-0.1, 1, 1.5, math.nan, math.inf, "0.9", True, None]
 NOT_COUNTS = [0, -1, 1.0, 2.5, "3", True, math.nan, [1]]
 BAD = {
     "density": [(value, *DENSITY_RULE) for value in BAD_DENSITIES],
@@ -135,11 +195,70 @@ BAD = {
     "replica_tolerance": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.nan, "1")],
     "check_rules": [(value, "must be True or False") for value in (0, "no", None)],
     "seed": [(value, "must be an integer of at least 0", "every rank") for value in (-1, 1.5, "0", None)],
+    "alpha": [(value, "must be a number in (0, 1e6]", "use 0.1") for value in (0, -1, math.nan, 1e7, "1", None)],
+    "sizes": [(value, "must be one of 'uneven', 'equal'") for value in ("even", None)],
+    "min_samples": [(value, "must be an integer of at least 0", "use 1") for value in (-1, 1.5, "1", None)],
+    "shards_per_client": [(value, "must be an integer of at least 1", "uses 2") for value in [*NOT_COUNTS, None]],
+    "law": [(value, "must be one of 'dirichlet', 'power-law'") for value in ("zipf", None)],
+    "exponent": [(value, "must be a number in (0, 20]", "use 1.0") for value in (0, -1.0, 21, math.nan, "1", None)],
+    "column": [(value, "must be the name of a column", 'column="user"') for value in ("", 3, None, ("user",))],
+    "fraction": [(value, "must be a number in (0, 1]", "use 0.1") for value in (0, 1.5, math.nan, "1", True, None)],
+    "count": [(value, "must be an integer of at least 1", "use fraction") for value in NOT_COUNTS],
+    "probability": [
+        (value, "must be a number in (0, 1] or one per client", "use 0.1")
+        for value in (0, 1.5, math.nan, "0.1", True, None, (), ("a",), ((0.1,),))
+    ],
+    "off_to_on": [(value, "must be a number in (0, 1]", "uses 0.05") for value in (0, 1.5, math.nan, "1", None)],
+    "period": [(value, "must be an integer of at least 1", "uses 100 rounds") for value in [*NOT_COUNTS, None]],
+    "path": [(value, "must be the name of a file", "CSV or JSON") for value in ("", 3, None)],
+    "at_end": [(value, "must be one of 'repeat', 'error'") for value in ("stop", None)],
+    "mean_s": [
+        (value, "must be a positive number of seconds or one per client", "use 1.0")
+        for value in (0, -1.0, math.inf, math.nan, "1", True, None, (), ("a",))
+    ],
+    "slowest": [(value, "must be a number of at least 1", "use 5.0") for value in (0.5, math.nan, "5", True, None)],
+    "spread": [(value, "must be a number in (0, 1]", "use 0.5") for value in (0, 1.5, math.nan, "1", None)],
+    "weighting": [(value, "must be one of 'samples', 'uniform'") for value in ("sample", 1, None)],
+    "server_lr": [
+        (value, "must be a number in (0, 1e6]", "use 1.0") for value in (0, -1.0, 1e7, math.nan, math.inf, "1", True)
+    ],
+    "server_optimizer": [
+        (value, "must be a server optimizer", "use distopt.federated.PlainStep()")
+        for value in ("adam", None, 1.0, ServerAdam, {"beta": 1})
+    ],
+    "rho": [(value, "must be a number of at least 0", "use 0.1") for value in (-0.1, math.nan, math.inf, "1", None)],
+    "lambda_": [(value, "must be a number above 0", "use 10.0") for value in (0, -1.0, math.inf, "1", True, None)],
+    "server": [(value, "must be one of 'paper', 'public-simulator'") for value in ("simulator", None)],
+    "cutoff": [
+        (value, "must be an integer of at least 1 or math.inf", "use 50") for value in (0, 2.5, "50", True, None)
+    ],
+    "momentum": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "beta1": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "beta2": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "num_byzantine": [(value, "must be an integer of at least 0", "may be wrong") for value in (-1, 1.5, True, None)],
+    "num_selected": [(value, "must be an integer of at least 1", "n - f - 2") for value in (0, 1.5, True)],
+    "lr": [(value, "must be a number above 0", "use 0.1") for value in (0, -1.0, math.nan, "1", None)],
+    "lr_decay": [(value, "must be a number in (0, 1]", "use 1.0") for value in (0, 1.5, math.nan, "1", None)],
+    "batch_size": [(value, "must be an integer of at least 1", "use 32") for value in (0, 1.5, True, None)],
+    "epochs": [(value, "must be None beside steps=5", "leave one") for value in (1, 2)],  # beside steps
+    "steps": [(value, "must be an integer of at least 1", "use 5") for value in (0, 1.5, True)],
+    "optimizer": [
+        (value, "must be the name of a class in torch.optim", "'SGD'") for value in ("SDG", "Tensor", 3, None)
+    ],
+    "max_norm": [(value, "must be a number above 0", "use 10.0") for value in (0, -1.0, math.nan, "1")],
+    "tau": [(value, "must be a number in (0, 1e6]", "use 0.001") for value in (0, -1.0, math.nan, "1", True, None)],
+    "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
+    (LocalTraining, "options"): [
+        (value, "must be a mapping", '{"momentum": 0.9}') for value in (3, None, [("momentum", 0.9)])
+    ],
+    (FedSpeed, "alpha"): [
+        (value, "must be a number in [0, 1]", "use 1.0") for value in (-0.1, 1.5, math.nan, "1", True, None)
+    ],
     (ListWarmup, "densities"): [
         (value, "must be a non-empty tuple", "use (0.25, 0.05)") for value in ((), [0.25], 0.25, None, "0.25", {})
-    ]
+    ],
 }
 
 
@@ -245,7 +364,8 @@ def test_an_unknown_key_names_the_known_ones(made):
 def test_an_unknown_algorithm_names_the_known_ones(name):
     with pytest.raises(ConfigError) as caught:
         from_config({"algorithm": name})
-    known = "dense, dgc, gradient-coding, topk"
+    known = ", ".join(sorted(Algorithm._known))
+    assert {"dense", "dgc", "fedavg", "gradient-coding", "topk"} <= set(Algorithm._known)
     assert str(caught.value) == f"'algorithm' must be one of {known}, got {name!r}; add it to the configuration"
 
 

@@ -1,0 +1,162 @@
+"""Federated averaging: rounds between a server and clients that keep their data, come and go."""
+
+from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.average_all import AverageAll
+from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
+from distopt.federated.client import Client
+from distopt.federated.clock import Arrival, VirtualClock
+from distopt.federated.data import ClientData
+from distopt.federated.delays import (
+    ConstantDelays,
+    DelayProcess,
+    Delays,
+    ExponentialDelays,
+    HeavyTailedDelays,
+    TracedDelays,
+    UniformDelays,
+)
+from distopt.federated.deltas import SummedDeltas
+from distopt.federated.fedau import FedAU
+from distopt.federated.fedavg import FedAvg
+from distopt.federated.feddyn import FedDyn
+from distopt.federated.fednova import FedNova
+from distopt.federated.fedprox import FedProx
+from distopt.federated.fedspeed import FedSpeed
+from distopt.federated.fedvarp import FedVarp
+from distopt.federated.fisher import diagonal_fisher, fisher_average
+from distopt.federated.history import History
+from distopt.federated.known_participation import KnownParticipation
+from distopt.federated.layout import Layout
+from distopt.federated.local_training import LocalTraining
+from distopt.federated.messages import Broadcast, Reply
+from distopt.federated.mifa import MIFA
+from distopt.federated.participation import (
+    Bernoulli,
+    Cyclic,
+    Everybody,
+    Markov,
+    Participation,
+    ParticipationProcess,
+    TracedParticipation,
+    UniformSampling,
+    correlated_probabilities,
+)
+from distopt.federated.participation_weights import ParticipationWeights
+from distopt.federated.partition import (
+    ColumnPartition,
+    DirichletPartition,
+    IIDPartition,
+    NaturalPartition,
+    Partition,
+    QuantityPartition,
+    ShardPartition,
+    describe,
+    label_counts,
+    label_distributions,
+)
+from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
+from distopt.federated.robust_averages import Bulyan, Krum, Median, MultiKrum, RobustAverage, TrimmedMean
+from distopt.federated.scaffold import Scaffold
+from distopt.federated.server import Server, ServerState
+from distopt.federated.server_optimizer import (
+    PlainStep,
+    ServerAdagrad,
+    ServerAdam,
+    ServerMomentum,
+    ServerOptimizer,
+    ServerYogi,
+)
+from distopt.federated.simulation import Simulation
+from distopt.federated.staleness import (
+    async_fedavg_weights,
+    fedbuff_weights,
+    fedfix_rounds,
+    fedfix_weights,
+    polynomial_discount,
+    synchronous_weights,
+)
+
+__all__ = [
+    "MIFA",
+    "Arrival",
+    "AverageAll",
+    "Bernoulli",
+    "Broadcast",
+    "Bulyan",
+    "Client",
+    "ClientData",
+    "ColumnPartition",
+    "ConstantDelays",
+    "Cyclic",
+    "DelayProcess",
+    "Delays",
+    "DirichletPartition",
+    "Everybody",
+    "ExponentialDelays",
+    "FedAU",
+    "FedAvg",
+    "FedDyn",
+    "FedNova",
+    "FedProx",
+    "FedSpeed",
+    "FedVarp",
+    "FederatedAlgorithm",
+    "HeavyTailedDelays",
+    "History",
+    "IIDPartition",
+    "KnownParticipation",
+    "Krum",
+    "Layout",
+    "LocalRound",
+    "LocalTraining",
+    "Markov",
+    "Median",
+    "MultiKrum",
+    "NaturalPartition",
+    "Participation",
+    "ParticipationProcess",
+    "ParticipationWeights",
+    "Partition",
+    "PlainStep",
+    "QuantityPartition",
+    "Reply",
+    "RobustAverage",
+    "Scaffold",
+    "Server",
+    "ServerAdagrad",
+    "ServerAdam",
+    "ServerMomentum",
+    "ServerOptimizer",
+    "ServerState",
+    "ServerYogi",
+    "ShardPartition",
+    "Simulation",
+    "SummedDeltas",
+    "TracedDelays",
+    "TracedParticipation",
+    "TrimmedMean",
+    "UniformDelays",
+    "UniformSampling",
+    "VirtualClock",
+    "async_fedavg_weights",
+    "bulyan",
+    "correlated_probabilities",
+    "describe",
+    "diagonal_fisher",
+    "fedbuff_weights",
+    "fedfix_rounds",
+    "fedfix_weights",
+    "fisher_average",
+    "krum",
+    "krum_scores",
+    "label_counts",
+    "label_distributions",
+    "median",
+    "multi_krum",
+    "polynomial_discount",
+    "sample_weights",
+    "synchronous_weights",
+    "trimmed_mean",
+    "uniform_weights",
+    "weighted_sum",
+]
