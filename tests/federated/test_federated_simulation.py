@@ -124,7 +124,7 @@ KILLED = """
     sys.path.insert(0, sys.argv[1])
     import torch
     torch.set_num_threads(1)
-    from test_simulation import simulation, vector
+    from test_federated_simulation import simulation, vector
     from distopt.federated import Bernoulli
 
     def progress(row):
