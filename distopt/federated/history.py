@@ -28,8 +28,6 @@ class History:
     def __eq__(self, other: object) -> bool:
         return self.rows == other.rows if isinstance(other, History) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]  # it grows
-
     def append(self, row: Mapping[str, Any]) -> None:
         """One more round."""
         self.rows.append(dict(row))

@@ -166,6 +166,7 @@ class Simulation:
         return {
             "format": _FORMAT,
             "algorithm": self.algorithm.to_dict(),
+            "local": self.local.to_dict(),
             "seed": self._seed,
             "server": self._state.state_dict(),
             "participation": self._participation.state_dict(),
@@ -180,7 +181,8 @@ class Simulation:
         Raises:
             StateMismatchError: The state belongs to another algorithm, seed or model.
         """
-        for name, own in (("format", _FORMAT), ("algorithm", self.algorithm.to_dict()), ("seed", self._seed)):
+        configured = {"algorithm": self.algorithm.to_dict(), "local": self.local.to_dict(), "seed": self._seed}
+        for name, own in {"format": _FORMAT, **configured}.items():
             if state.get(name) != own:
                 raise StateMismatchError(
                     f"{name} of the checkpoint must be {own!r}, got {state.get(name)!r}; resume with the configuration "

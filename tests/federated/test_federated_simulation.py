@@ -17,6 +17,7 @@ from distopt.federated import (
     FedAvg,
     History,
     LocalTraining,
+    Scaffold,
     Simulation,
     UniformSampling,
 )
@@ -72,8 +73,10 @@ def test_it_learns_and_the_history_says_so():
 
 def test_the_same_seed_is_the_same_history_and_model_to_the_bit():
     first, second, third = simulation(), simulation(), simulation(seed=4)
-    torch.manual_seed(5)  # whatever the script has drawn before
-    assert first.run(8) == second.run(8)
+    torch.manual_seed(5)
+    first.run(8)
+    torch.manual_seed(6)  # whatever the script has drawn before
+    assert second.run(8) == first.history
     assert torch.equal(vector(first.model), vector(second.model))
     third.run(8)
     assert not torch.equal(vector(first.model), vector(third.model))
@@ -119,20 +122,19 @@ def test_every_step_has_its_batch(steps):
     assert list(local.batches(part[:0], [1, 2], 3, 4)) == []
 
 
+KEEPING = {"algorithm": Scaffold(), "participation": Bernoulli(probability=0.3)}  # what there is to lose
 KILLED = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     import torch
     torch.set_num_threads(1)
-    from test_federated_simulation import simulation, vector
-    from distopt.federated import Bernoulli
+    from test_federated_simulation import KEEPING, simulation
 
     def progress(row):
         if row["round"] == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    chance = Bernoulli(probability=0.3)
-    job = simulation(checkpoint=sys.argv[2], checkpoint_every=2, participation=chance, progress=progress)
+    job = simulation(checkpoint=sys.argv[2], checkpoint_every=2, progress=progress, **KEEPING)
     job.resume()
     job.run(11)
 """
@@ -143,24 +145,27 @@ def test_killed_and_resumed_it_is_bit_for_bit_the_run_that_was_not(warm_python, 
     path = tmp_path / "run.pt"
     ran = warm_python.run(textwrap.dedent(KILLED), os.path.dirname(__file__), path, round)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
-    resumed = simulation(checkpoint=path, checkpoint_every=2, participation=Bernoulli(probability=0.3))
+    resumed = simulation(checkpoint=path, checkpoint_every=2, **KEEPING)
     assert resumed.resume() == (round > 1)
     assert resumed.round == round // 2 * 2
-    whole = simulation(participation=Bernoulli(probability=0.3))
+    whole = simulation(**KEEPING)
     assert resumed.run(11) == whole.run(11)
     assert torch.equal(vector(resumed.model), vector(whole.model))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    job = simulation(checkpoint=tmp_path / "run.pt")
-    job.run(1)
-    job.save()
-    for changed, said in (
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
         ({"seed": 4}, "seed of the checkpoint must be 4, got 3"),
-        ({"algorithm": FedAvg(server_lr=2.0)}, "algorithm"),
-    ):
-        with pytest.raises(StateMismatchError, match=said):
-            simulation(checkpoint=tmp_path / "run.pt", **changed).resume()
+        ({"algorithm": FedAvg(server_lr=2.0)}, "algorithm of the checkpoint"),
+        ({"local": LocalTraining(steps=6)}, "local of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, said):
+    job = simulation(checkpoint=tmp_path / "run.pt")
+    job.save()
+    with pytest.raises(StateMismatchError, match=said):
+        simulation(checkpoint=tmp_path / "run.pt", **changed).resume()
 
 
 def test_a_history_is_saved_and_read(tmp_path):
