@@ -14,8 +14,9 @@ from typer import Argument, Option
 
 from distopt import plotting
 from distopt.cli import compare as comparison
-from distopt.cli import datasets, info, machine, plan_code, report
+from distopt.cli import datasets, info, machine, plan_code, ranks, report, simulate_config, simulate_report
 from distopt.cli import link as links
+from distopt.cli import simulate as simulation
 from distopt.cli.progress import show_progress
 from distopt.comm import Link
 from distopt.errors import ConfigError, DistoptError
@@ -99,8 +100,9 @@ def compare(
     data: Annotated[
         str | None,
         Option(
-            help="Folder of IDX files (train-images, train-labels, t10k-images, t10k-labels; gzipped or not), or "
-            "'digits' for scikit-learn's. Default: Debian's Fashion-MNIST where it is installed, else digits.",
+            help="Folder of IDX files (train-images, train-labels, t10k-images, t10k-labels; gzipped or not), "
+            "'fashion-mnist' for Debian's, or 'digits' for scikit-learn's. Default: Debian's Fashion-MNIST where it is "
+            "installed, else digits.",
             show_default=False,
         ),
     ] = None,
@@ -297,6 +299,59 @@ def plan_coding(
         report.write_json(content, out / "plan-code.json")
         plan_code.plot(found, top, out / "plan-code.png")
         console.print(f"Plot: {out / 'plan-code.png'}\nFigures: {out / 'plan-code.json'}", highlight=False)
+
+
+@app.command()
+def simulate(
+    config: Annotated[
+        Path | None,
+        Argument(help="TOML file that describes the job; --init writes a commented one.", show_default=False),
+    ] = None,
+    init: Annotated[
+        bool, Option("--init", help="Write the default file to CONFIG, or print it where no CONFIG is given, and exit.")
+    ] = False,
+    restart: Annotated[
+        bool, Option("--restart", help="Start at round 1, also where the folder has a checkpoint of this job.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        Option(help="Folder for everything that the job leaves, in place of the file's.", show_default=False),
+    ] = None,
+) -> None:
+    """Simulate a federated job: clients that keep their data, come and go, and a server that averages.
+
+    Ends with a table, the history (CSV, JSON), a plot and a summary; goes on from its checkpoint if there is one. With
+    torchrun ... -m distopt.cli simulate CONFIG the ranks share the clients.
+    """
+    if init:
+        _write_default(config)
+        return
+    if config is None:
+        raise ConfigError("CONFIG must be a TOML file, got none; distopt simulate --init job.toml writes a default")
+    plotting.load_matplotlib()  # first, so that what is missing is one clear error before anything runs
+    settings = simulate_config.read(config)
+    with ranks.joined() as rank:
+        console = _console() if rank == 0 else Console(quiet=True)
+        folder = out or Path(settings.output.folder)
+        job, history = simulation.run(settings, folder, console, restart=restart)
+    if rank != 0:
+        return
+    found = simulate_report.summary(history, job.simulation.refused, settings.output.target)
+    console.print(simulate_report.table(history))
+    console.print(simulate_report.lines(found, job.simulation.clients.num_clients), highlight=False, soft_wrap=True)
+    paths = simulate_report.write(job, history, found)
+    console.print("Written: " + " ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+def _write_default(path: Path | None) -> None:
+    text = simulate_config.default_text()
+    if path is None:
+        print(text, end="")
+        return
+    if path.exists():
+        raise ConfigError(f"{path} must not exist yet, or --init would replace it; give another name")
+    path.write_text(text)
+    print(f"{path} is written; run it with: distopt simulate {path}")
 
 
 def _console() -> Console:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distopt.errors import ConfigError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST = "fashion-mnist"
 DIGITS = "digits"
 _UNSIGNED_BYTE = 8
 
@@ -45,14 +46,22 @@ class Dataset:
 
 
 def load(data: str | None) -> Dataset:
-    """The data set that `data` names: a folder of IDX files, "digits", or None for the best that is installed.
+    """The data set that `data` names.
+
+    Args:
+        data: "digits", "fashion-mnist" (Debian's), a folder of IDX files, or None for the best that is installed.
 
     Raises:
-        ConfigError: The folder or a file in it is missing or damaged, or scikit-learn is not installed.
+        ConfigError: The folder or a file in it is missing or damaged, or what ships the data set is not installed.
     """
     if data == DIGITS:
         return _digits()
-    if data is not None:
+    if data == FASHION_MNIST and not DEBIAN_FASHION_MNIST.is_dir():
+        raise ConfigError(
+            f"{FASHION_MNIST!r} must be installed, {DEBIAN_FASHION_MNIST} does not exist; apt-get install "
+            f"dataset-fashion-mnist, give a folder of IDX files, or {DIGITS!r} for scikit-learn's digits"
+        )
+    if data not in (None, FASHION_MNIST):
         return _idx_folder(Path(data), name=Path(data).name)
     if DEBIAN_FASHION_MNIST.is_dir():
         return _idx_folder(DEBIAN_FASHION_MNIST, name="Fashion-MNIST")
@@ -108,8 +117,8 @@ def _idx_file(folder: Path, stem: str) -> Path:
     found = sorted(folder.glob(f"{stem}*")) if folder.is_dir() else []
     if not found:
         raise ConfigError(
-            f"--data must be a folder with {stem}-idx?-ubyte[.gz], got {str(folder)!r} without it; "
-            f"give a folder of IDX files, or {DIGITS!r} for scikit-learn's digits"
+            f"the data must be a folder with {stem}-idx?-ubyte[.gz], got {str(folder)!r} without it; "
+            f"give a folder of IDX files, {FASHION_MNIST!r} for Debian's, or {DIGITS!r} for scikit-learn's digits"
         )
     return found[0]
 
@@ -120,7 +129,7 @@ def _digits() -> Dataset:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"no data: {DEBIAN_FASHION_MNIST} does not exist and scikit-learn, which ships digits, is not installed; "
-            'pip install "torch-distopt[cli]" or give --data FOLDER with IDX files'
+            'pip install "torch-distopt[cli]" or give a folder of IDX files'
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     # The file is ordered by writer: a fixed shuffle gives both parts every writer.

@@ -31,7 +31,7 @@ class Job:
     """A training run. Runs that differ only in `algorithm` start from the same weights and see the same batches."""
 
     algorithm: dict[str, Any]  # as distopt.from_config takes it
-    model: str  # a name in distopt.cli.models.MODELS
+    model: str  # a name of a distopt.cli.models.Model
     data: str | None  # as distopt.cli.datasets.load takes it
     ranks: int
     steps: int

@@ -1,7 +1,6 @@
 """`distopt link`: the link between the ranks of a job, measured as the job would use it, and what to do about it."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from distopt.cli.ranks import started
 from distopt.comm import Link, measure_link
 from distopt.ddp.forecast import Forecaster
 from distopt.ddp.prediction import Predictor, measure_speed
@@ -47,13 +47,13 @@ def answer(question: Question) -> dict[str, Any] | None:
     Raises:
         ConfigError: There is nothing to measure, or a value breaks its rule.
     """
-    started = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not started and question.link is None:
+    several = started()
+    if not several and question.link is None:
         raise ConfigError(
             "distopt link measures between the ranks of a job, got one process; start it as the job is started "
             "(torchrun ... -m distopt.cli link), or give --latency and --bandwidth"
         )
-    with _group(started) as size:
+    with _group(several) as size:
         device = torch.device("cpu")
         assert dist.group.WORLD is not None
         speed = measure_speed(dist.group.WORLD, device)
@@ -154,9 +154,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _group(started: bool) -> Iterator[int]:
+def _group(several: bool) -> Iterator[int]:
     """A gloo group of the ranks that were started, or of this process alone."""
-    if started:
+    if several:
         dist.init_process_group("gloo")
     else:
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed has it too, but does not export it

@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 
 from distopt.cli.datasets import Dataset, load
 from distopt.cli.job import Job, read_jobs
-from distopt.cli.models import MODELS
+from distopt.cli.models import Model
 from distopt.ddp.algorithm import DDPAlgorithm
 
 Emit = Callable[..., None]
@@ -66,7 +66,7 @@ def train(job: Job, data: Dataset, emit: Emit) -> dict[str, Any]:
         attachment's `stats()`, the number of parameters, and whether all ranks ended with the same bits.
     """
     torch.manual_seed(job.seed)
-    model = DistributedDataParallel(MODELS[job.model](data.shape, data.num_classes))
+    model = DistributedDataParallel(Model.from_dict({"model": job.model}).build(data.shape, data.num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
     scheduler = CosineAnnealingLR(optimizer, job.steps)
     attachment = DDPAlgorithm.from_dict(job.algorithm).attach(model, optimizer)

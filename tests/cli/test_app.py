@@ -45,12 +45,12 @@ def test_compare_without_matplotlib_says_so_before_it_trains(warm_python, tmp_pa
 
 
 def test_importing_distopt_imports_nothing_of_the_command_line(warm_python):
-    heavy = "{'typer', 'click', 'rich', 'matplotlib', 'sklearn'}"
+    heavy = "{'typer', 'click', 'rich', 'matplotlib', 'sklearn', 'tensorboard'}"
     ran = warm_python.run(f"import sys, distopt; print({heavy} & set(sys.modules))")
     assert ran.stdout.strip() == "set()", ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["compare"], ["link"], ["plan-code"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["compare"], ["link"], ["plan-code"], ["simulate"]])
 def test_help_explains_every_option(command):
     ran = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [*command, "--help"])
     assert ran.exit_code == 0, ran.output
@@ -109,7 +109,7 @@ def test_a_bad_option_is_a_usage_error_that_names_it(arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere"], "--data must be a folder with train-images-idx"),
+        (["--data", "nowhere"], "the data must be a folder with train-images-idx"),
         (["--data", "digits", "--density", "2"], "density must be a number in (0, 1], got 2"),
     ],
 )
