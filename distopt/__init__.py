@@ -5,7 +5,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import checkpoint, coding, ddp, ops
+from distopt import checkpoint, coding, ddp, federated, ops
 from distopt.coding import GradientCoding
 from distopt.config import from_config
 from distopt.ddp import DGC, Dense, TopK
@@ -38,6 +38,7 @@ __all__ = [
     "checkpoint",
     "coding",
     "ddp",
+    "federated",
     "from_config",
     "ops",
 ]

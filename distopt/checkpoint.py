@@ -15,9 +15,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from distopt.errors import DistoptError, StateMismatchError
 
@@ -102,6 +99,11 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
     Raises:
         StateMismatchError: The checkpoint has no such key, or is of another model or algorithm.
     """
+    # Here, not above: they bring DTensor and sympy, which take longer to import than distopt.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
     reader = FileSystemReader(checkpoint_id)
     metadata = reader.read_metadata()
     paths = {name: path for name, path in (metadata.planner_data or {}).items() if path[0] == key}

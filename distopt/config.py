@@ -5,8 +5,9 @@ An algorithm is written `{"algorithm": "dgc", "density": 0.001}`, a part of it (
 """
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from distopt.errors import ConfigError
@@ -41,7 +42,8 @@ class Configurable:
     """A dataclass that can be written as a mapping `{tag: name, field: value, ...}` and made from one.
 
     A direct subclass is a kind of thing (`tag` names the key it is chosen by); the subclasses below it register
-    themselves under the name given in their class statement: `class DGC(Algorithm, name="dgc")`.
+    themselves under the name given in their class statement: `class DGC(Algorithm, name="dgc")`. A name belongs to one
+    class of its kind, another one raises `ConfigError`; the class statement may run again, as on a reload.
     """
 
     tag: ClassVar[str]
@@ -54,6 +56,13 @@ class Configurable:
             cls.tag = tag
             cls._known = {}
         if name is not None:
+            before = cls._known.get(name, cls)
+            own = before.__module__.startswith("distopt.") and before.__module__ != cls.__module__
+            if own or before.__qualname__ != cls.__qualname__:
+                raise ConfigError(
+                    f"the name of a class must be new among those of {cls.tag!r}, got {name!r} for {cls.__qualname__}, "
+                    f"which is {before.__module__}.{before.__qualname__}'s; choose another name"
+                )
             cls.name = name
             cls._known[name] = cls
 
@@ -83,19 +92,30 @@ class Configurable:
         known: dict[str, Any] = {key: made for key, made in cls._known.items() if issubclass(made, cls)}
         if not isinstance(name, str) or name not in known:
             names = ", ".join(sorted(known))
-            raise ConfigError(f"{cls.tag!r} must be one of {names}, got {name!r}; add it to the configuration")
+            remedy = _perhaps(name, known) or "add it to the configuration"
+            raise ConfigError(f"{cls.tag!r} must be one of {names}, got {name!r}; {remedy}")
         made = known[name]
         fields = {field.name: field for field in dataclasses.fields(made)}
         if unknown := sorted(str(key) for key in rest if key not in fields):
             raise ConfigError(
-                f"unknown key {', '.join(map(repr, unknown))} for {cls.tag} {name!r}; known keys are "
-                f"{', '.join(fields)}"
+                f"unknown key {', '.join(map(repr, unknown))} for {_called(cls.tag, name)}; known keys are "
+                f"{', '.join(fields)}{'; ' + close if (close := _perhaps(unknown[0], fields)) else ''}"
             )
         try:
             configured: Self = made(**{key: _from_plain(value, fields[key]) for key, value in rest.items()})
         except TypeError as error:  # a field without a default is missing
-            raise ConfigError(f"{cls.tag} {name!r}: {error}; add the missing key") from error
+            raise ConfigError(f"{_called(cls.tag, name)}: {error}; add the missing key") from error
         return configured
+
+
+def _called(tag: str, name: str) -> str:
+    return tag if tag == name else f"{tag} {name!r}"  # where there is but one of a kind, it is called after the kind
+
+
+def _perhaps(written: object, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name; empty where none is close."""
+    close = difflib.get_close_matches(written, known, n=1) if isinstance(written, str) else []
+    return f"perhaps {close[0]!r} is meant" if close else ""
 
 
 def _to_plain(value: Any) -> Any:
@@ -146,7 +166,7 @@ def check_switch(field: str, value: object) -> None:
 
 
 class Algorithm(Configurable, tag="algorithm"):
-    """Base of the configurations that users attach: what `distopt.from_config` makes."""
+    """Base of what `distopt.from_config` makes: configurations that users attach, or give to a simulation."""
 
 
 def from_config(mapping: Mapping[str, Any]) -> Algorithm:

@@ -52,3 +52,9 @@ class PeerLostError(DistoptError, RuntimeError):
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Another's error for a message of ours: its type, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,8 +10,9 @@
 #
 # What this line decides, and why:
 #     --enable-recovery    mpirun does not end the job with its first dead rank.
-#     --with-ft ulfm       Nor does MPI: a send to a dead rank fails instead of hanging, MPI_Finalize does not wait for
-#                          it, and a connection (TCP) that breaks with it does not end the other side.
+#     --with-ft ulfm       Nor does MPI: a send to a dead rank fails instead of hanging, and a connection (TCP) that
+#                          breaks with it does not end the other side. MPI_Finalize may still wait for a dead rank, so
+#                          distopt leaves it out then; in a script without distopt set mpi4py.rc.finalize = False.
 #                          FAULTS=abort leaves both out: the job ends when a rank is killed.
 #     --oversubscribe      where there are more ranks than cores: mpirun refuses that otherwise.
 #     --bind-to none       a rank computes in several threads; with two ranks mpirun would give each one core.

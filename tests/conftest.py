@@ -1,10 +1,18 @@
 import gc
 
+import hypothesis
 import pytest
+import torch
 
 from example_ranks import train_undisturbed
 from rank_pool import RankPool
 from warm_python import WarmPython
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # the ranks of a test share the cores; tests of threads set their own number
+    hypothesis.settings.register_profile("distopt", deadline=None)  # tests never assert times
+    hypothesis.settings.load_profile("distopt")
 
 
 def pytest_collection_finish():

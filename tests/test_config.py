@@ -13,12 +13,16 @@ import tomllib
 import pytest
 
 import distopt
+from distopt.cli.models import CNN, MLP, Softmax
+from distopt.cli.simulate_config import Data, Output, Run
 from distopt.coding import MSGC, SRSGC, GradientCoding
 from distopt.config import Algorithm, Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
 from distopt.federated import (
     ColumnPartition,
+    FedAsync,
+    FedFix,
     FedSpeed,
     KnownParticipation,
     LocalTraining,
@@ -42,6 +46,7 @@ REQUIRED = {
     TracedDelays: {"path": "trace.csv"},
     KnownParticipation: {"probability": 0.5},
     LocalTraining: {"steps": 5},
+    FedFix: {"interval_s": 1.0},
 }
 
 GOOD = {
@@ -116,6 +121,17 @@ GOOD = {
     "beta1": [0, 0.9],
     "beta2": [0, 0.99],
     "tau": [1e-9, 1],
+    "error_feedback": [True, False],
+    "drop_last": [True, False],
+    "interval_s": [0.1, 60],
+    "times_s": [None, 2, (0.5, 1.5)],
+    "max_staleness": [None, 0, 7],
+    "buffer_size": [1, 10],
+    "concurrency": [None, 1, 32],
+    "correction": ["staleness", "participation"],
+    "discount": [0, 0.5, 2],
+    "mixing": [0.1, 1],
+    "floor": [1e-9, 1],
     "num_byzantine": [0, 3],
     "num_selected": [None, 2],
     "lr": [1e-3, 2],
@@ -125,10 +141,26 @@ GOOD = {
     "steps": [1, 20],
     "optimizer": ["SGD", "AdamW"],
     "max_norm": [None, 10.0],
+    "hidden": [(), (32,), (256, 128)],
+    "dataset": ["digits", "a folder"],
+    "clients": [1, 1000],
+    "rounds": [1, 10_000],
+    "evaluate_every": [1, 10],
+    "checkpoint_every": [0, 10],
+    "exclude": [(), ("batch-norm", "head.*")],
+    "folder": ["runs/simulate"],
+    "target": [None, 0.9, 1],
+    "tensorboard": [True, False],
+    "mode": ["auto", "loop"],
+    "spill": [True, False],
 }
 GOOD_FOR = {
+    (CNN, "norm"): ["none", "group"],
+    (Softmax, "norm"): ["none", "batch"],
     (LocalTraining, "options"): [{}, {"momentum": 0.9}],
     (FedSpeed, "alpha"): [0, 0.5, 1],
+    (LocalTraining, "weight_decay"): [0, 1e-3],
+    (FedAsync, "max_staleness"): [0, 7],
     (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)],
 }
 
@@ -202,7 +234,7 @@ BAD = {
     "law": [(value, "must be one of 'dirichlet', 'power-law'") for value in ("zipf", None)],
     "exponent": [(value, "must be a number in (0, 20]", "use 1.0") for value in (0, -1.0, 21, math.nan, "1", None)],
     "column": [(value, "must be the name of a column", 'column="user"') for value in ("", 3, None, ("user",))],
-    "fraction": [(value, "must be a number in (0, 1]", "use 0.1") for value in (0, 1.5, math.nan, "1", True, None)],
+    "fraction": [(value, "must be a number in (0, 1]", "use 0.1") for value in (0, 1.5, math.nan, "1", True)],
     "count": [(value, "must be an integer of at least 1", "use fraction") for value in NOT_COUNTS],
     "probability": [
         (value, "must be a number in (0, 1] or one per client", "use 0.1")
@@ -235,6 +267,20 @@ BAD = {
     "momentum": [(value, *DECAY_RULE) for value in NOT_DECAYS],
     "beta1": [(value, *DECAY_RULE) for value in NOT_DECAYS],
     "beta2": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "error_feedback": [(value, "must be True or False") for value in (0, "no", None)],
+    "drop_last": [(value, "must be True or False") for value in (0, "no", None)],
+    "interval_s": [(value, "must be a number above 0", "seconds") for value in (0, -1.0, math.inf, "1", True, None)],
+    "times_s": [
+        (value, "must be a positive number of seconds or one per client", "leave it out")
+        for value in (0, -1.0, math.inf, math.nan, "1", True, (), ("a",))
+    ],
+    "max_staleness": [(value, "must be an integer of at least 0", "use 50") for value in (-1, 1.5, "7", True)],
+    "buffer_size": [(value, "must be an integer of at least 1", "use 10") for value in [*NOT_COUNTS, None]],
+    "concurrency": [(value, "must be an integer of at least 1", "leave it out") for value in NOT_COUNTS],
+    "correction": [(value, "must be one of 'staleness', 'participation'") for value in ("none", None, 1)],
+    "discount": [(value, "must be a number of at least 0", "use 0.5") for value in (-0.1, math.inf, "1", None)],
+    "mixing": [(value, "must be a number in (0, 1]", "use 0.6") for value in (0, 1.5, math.nan, "1", None)],
+    "floor": [(value, "must be a number in (0, 1e6]", "use 1e-6") for value in (0, -1.0, math.nan, "1", None)],
     "num_byzantine": [(value, "must be an integer of at least 0", "may be wrong") for value in (-1, 1.5, True, None)],
     "num_selected": [(value, "must be an integer of at least 1", "n - f - 2") for value in (0, 1.5, True)],
     "lr": [(value, "must be a number above 0", "use 0.1") for value in (0, -1.0, math.nan, "1", None)],
@@ -247,12 +293,29 @@ BAD = {
     ],
     "max_norm": [(value, "must be a number above 0", "use 10.0") for value in (0, -1.0, math.nan, "1")],
     "tau": [(value, "must be a number in (0, 1e6]", "use 0.001") for value in (0, -1.0, math.nan, "1", True, None)],
+    "norm": [(value, "must be one of 'none', '") for value in ("layer", None)],
+    "hidden": [(value, "must be widths of at least 1", "use (256, 128)") for value in (32, (0,), (1.5,), None, "32")],
+    "dataset": [(value, "must be a name or a folder", 'use "digits"') for value in ("", 3, None)],
+    "clients": [(value, "must be an integer of at least 1", "share the data") for value in [*NOT_COUNTS, None]],
+    "rounds": [(value, "must be an integer of at least 1", "in all") for value in [*NOT_COUNTS, None]],
+    "evaluate_every": [(value, "must be an integer of at least 1", "use 1") for value in [*NOT_COUNTS, None]],
+    "checkpoint_every": [(value, "must be an integer of at least 0", "use 0") for value in (-1, 1.5, "1", None)],
+    "exclude": [(value, "must be a list of names", '["batch-norm"]') for value in ("batch-norm", (1,), None)],
+    "folder": [(value, "must be the name of a folder", "runs/simulate") for value in ("", 3, None)],
+    "target": [(value, "must be a number in (0, 1]", "use 0.9") for value in (0, 1.5, math.nan, "1", True)],
+    "tensorboard": [(value, "must be True or False") for value in (0, "no", None)],
+    "mode": [(value, "must be one of 'auto', 'loop'") for value in ("fast", None)],
+    "spill": [(value, "must be True or False") for value in (0, "no", None)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
     (LocalTraining, "options"): [
         (value, "must be a mapping", '{"momentum": 0.9}') for value in (3, None, [("momentum", 0.9)])
     ],
+    (LocalTraining, "weight_decay"): [
+        (value, "must be a number of at least 0", "use 1e-3") for value in (-0.1, math.inf, "momentum", None)
+    ],
+    (Run, "seed"): [(value, "must be an integer of at least 0", "use 0") for value in (-1, 1.5, "0", None)],
     (FedSpeed, "alpha"): [
         (value, "must be a number in [0, 1]", "use 1.0") for value in (-0.1, 1.5, math.nan, "1", True, None)
     ],
@@ -273,7 +336,8 @@ def build(made, **values):
 def toml_of(plain, table=""):
     """Enough of TOML to write a configuration: strings, numbers, booleans, arrays and tables."""
     nested = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in plain.items() if key not in nested]
+    written = {key: "inf" if value == math.inf else json.dumps(value) for key, value in plain.items()}
+    lines = [f"{json.dumps(key)} = {value}" for key, value in written.items() if key not in nested]
     for key, value in nested.items():
         path = f"{table}{json.dumps(key)}"
         lines += [f"[{path}]", toml_of(value, f"{path}.")]
@@ -296,6 +360,7 @@ EVERY_BAD = [
 
 def test_there_are_classes_and_each_is_known_by_its_name():
     assert {DGC, TopK, Dense, GradientCoding, MSGC, PaperWarmup, ExponentialWarmup, ListWarmup} <= set(CLASSES)
+    assert {CNN, MLP, Softmax, Data, Run, Output} <= set(CLASSES)
     for kind in KINDS:
         assert all(made.name == name and made.tag == kind.tag for name, made in kind._known.items())
 
@@ -356,7 +421,8 @@ def test_an_unknown_key_names_the_known_ones(made):
     with pytest.raises(ConfigError) as caught:
         made.from_dict(plain)
     message = str(caught.value)
-    assert f"unknown key 'densty', 'zeal' for {made.tag} {made.name!r}" in message
+    called = made.tag if made.tag == made.name else f"{made.tag} {made.name!r}"
+    assert f"unknown key 'densty', 'zeal' for {called}; " in message
     assert f"known keys are {', '.join(fields_of(made))}" in message
 
 
@@ -367,6 +433,37 @@ def test_an_unknown_algorithm_names_the_known_ones(name):
     known = ", ".join(sorted(Algorithm._known))
     assert {"dense", "dgc", "fedavg", "gradient-coding", "topk"} <= set(Algorithm._known)
     assert str(caught.value) == f"'algorithm' must be one of {known}, got {name!r}; add it to the configuration"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "said"),
+    [
+        ({"algorithm": "dcg"}, "got 'dcg'; perhaps 'dgc' is meant"),
+        ({"algorithm": "dgc", "densty": 0.1}, "; perhaps 'density' is meant"),
+    ],
+)
+def test_what_is_nearly_right_is_told_what_may_be_meant(mapping, said):
+    with pytest.raises(ConfigError) as caught:
+        from_config(mapping)
+    assert str(caught.value).endswith(said)
+
+
+def test_a_name_belongs_to_one_class(monkeypatch):
+    monkeypatch.setattr(Algorithm, "_known", dict(Algorithm._known))
+    with pytest.raises(ConfigError, match=r"got 'dgc' for .*Mine, which is distopt.ddp.dgc.DGC's; choose another name"):
+
+        class Mine(Algorithm, name="dgc"):
+            pass
+
+    for _ in range(2):  # a reload
+
+        class Twice(Algorithm, name="twice"):
+            pass
+
+    with pytest.raises(ConfigError, match=r"got 'twice' for .*Other, which is .*Twice's"):
+
+        class Other(Algorithm, name="twice"):
+            pass
 
 
 @pytest.mark.parametrize("mapping", [None, "dgc", 3, ["algorithm", "dgc"]])

@@ -16,7 +16,7 @@ from distopt.comm.mpi_runtime import load_mpi
 from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
 from distopt.comm.serial import SerialWorker
-from distopt.comm.shutdown import await_at_exit
+from distopt.comm.shutdown import await_at_exit, end_quietly
 from distopt.comm.stopwatch import least_seconds
 from distopt.comm.transport import Transport
 
@@ -41,6 +41,7 @@ __all__ = [
     "all_to_all",
     "await_at_exit",
     "broadcast_from_first",
+    "end_quietly",
     "end_when_stuck",
     "find_job",
     "find_nodes",

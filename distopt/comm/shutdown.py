@@ -32,6 +32,14 @@ def await_at_exit(callback: Callable[..., Any]) -> None:
     _pending.add(callback)
 
 
+def end_quietly() -> None:
+    """Makes the end of the process wait a moment for threads that still drop the tensors of collectives.
+
+    For whoever waits for collectives and has no callbacks: `wait` returns before the group's thread lets go of them.
+    """
+    _register()
+
+
 @functools.cache
 def _register() -> None:
     atexit.register(_wait)

@@ -1,9 +1,10 @@
 """Federated averaging: rounds between a server and clients that keep their data, come and go."""
 
-from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.algorithm import FederatedAlgorithm, LinearAlgorithm, LocalRound, WeightedSum
+from distopt.federated.async_fedavg import AsyncFedAvg
 from distopt.federated.average_all import AverageAll
-from distopt.federated.averaging import sample_weights, uniform_weights, weighted_sum
 from distopt.federated.client import Client
+from distopt.federated.client_weights import sample_weights, uniform_weights
 from distopt.federated.clock import Arrival, VirtualClock
 from distopt.federated.data import ClientData
 from distopt.federated.delays import (
@@ -15,21 +16,26 @@ from distopt.federated.delays import (
     TracedDelays,
     UniformDelays,
 )
-from distopt.federated.deltas import SummedDeltas
+from distopt.federated.deltas import SteppingServer, SummedDeltas
+from distopt.federated.fedasync import FedAsync
 from distopt.federated.fedau import FedAU
 from distopt.federated.fedavg import FedAvg
+from distopt.federated.fedbuff import FedBuff
 from distopt.federated.feddyn import FedDyn
+from distopt.federated.fedfix import FedFix
 from distopt.federated.fednova import FedNova
 from distopt.federated.fedprox import FedProx
 from distopt.federated.fedspeed import FedSpeed
 from distopt.federated.fedvarp import FedVarp
 from distopt.federated.fisher import diagonal_fisher, fisher_average
+from distopt.federated.fisher_averaging import FisherAveraging
 from distopt.federated.history import History
 from distopt.federated.known_participation import KnownParticipation
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.mifa import MIFA
+from distopt.federated.pacing import AfterArrivals, EveryInterval, Pacing, Synchronous
 from distopt.federated.participation import (
     Bernoulli,
     Cyclic,
@@ -54,6 +60,8 @@ from distopt.federated.partition import (
     label_counts,
     label_distributions,
 )
+from distopt.federated.plots import plot_histories
+from distopt.federated.progress import ProgressBar
 from distopt.federated.robust import bulyan, krum, krum_scores, median, multi_krum, trimmed_mean
 from distopt.federated.robust_averages import Bulyan, Krum, Median, MultiKrum, RobustAverage, TrimmedMean
 from distopt.federated.scaffold import Scaffold
@@ -75,10 +83,14 @@ from distopt.federated.staleness import (
     polynomial_discount,
     synchronous_weights,
 )
+from distopt.federated.tensorboard import TensorBoard
+from distopt.federated.uplink import UplinkCompression
 
 __all__ = [
     "MIFA",
+    "AfterArrivals",
     "Arrival",
+    "AsyncFedAvg",
     "AverageAll",
     "Bernoulli",
     "Broadcast",
@@ -91,33 +103,41 @@ __all__ = [
     "DelayProcess",
     "Delays",
     "DirichletPartition",
+    "EveryInterval",
     "Everybody",
     "ExponentialDelays",
     "FedAU",
+    "FedAsync",
     "FedAvg",
+    "FedBuff",
     "FedDyn",
+    "FedFix",
     "FedNova",
     "FedProx",
     "FedSpeed",
     "FedVarp",
     "FederatedAlgorithm",
+    "FisherAveraging",
     "HeavyTailedDelays",
     "History",
     "IIDPartition",
     "KnownParticipation",
     "Krum",
     "Layout",
+    "LinearAlgorithm",
     "LocalRound",
     "LocalTraining",
     "Markov",
     "Median",
     "MultiKrum",
     "NaturalPartition",
+    "Pacing",
     "Participation",
     "ParticipationProcess",
     "ParticipationWeights",
     "Partition",
     "PlainStep",
+    "ProgressBar",
     "QuantityPartition",
     "Reply",
     "RobustAverage",
@@ -131,13 +151,18 @@ __all__ = [
     "ServerYogi",
     "ShardPartition",
     "Simulation",
+    "SteppingServer",
     "SummedDeltas",
+    "Synchronous",
+    "TensorBoard",
     "TracedDelays",
     "TracedParticipation",
     "TrimmedMean",
     "UniformDelays",
     "UniformSampling",
+    "UplinkCompression",
     "VirtualClock",
+    "WeightedSum",
     "async_fedavg_weights",
     "bulyan",
     "correlated_probabilities",
@@ -153,10 +178,10 @@ __all__ = [
     "label_distributions",
     "median",
     "multi_krum",
+    "plot_histories",
     "polynomial_discount",
     "sample_weights",
     "synchronous_weights",
     "trimmed_mean",
     "uniform_weights",
-    "weighted_sum",
 ]

@@ -19,6 +19,8 @@ from torch import Tensor
 from distopt.config import Algorithm
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
+from distopt.federated.pacing import Pacing, Synchronous
+from distopt.federated.rows import weighted_rows
 
 Vectors = Mapping[str, Tensor]
 
@@ -33,6 +35,9 @@ class LocalRound:
         lr: eta_l, the local learning rate; the mean over the steps where it changes.
         kept: What the client kept from its last round, zeros in its first, (..., d) each.
         extras: Of the broadcast, (d,) each.
+        squared_gradients: Gives (..., d), the mean over the client's samples of the squared gradient of each one's
+            loss at y, with the model in evaluation mode: the diagonal of the empirical Fisher information. It takes
+            another pass over the data.
     """
 
     moved: Tensor
@@ -40,6 +45,7 @@ class LocalRound:
     lr: float
     kept: Vectors
     extras: Vectors
+    squared_gradients: Callable[[], Tensor]
 
 
 class FederatedAlgorithm(Algorithm):
@@ -50,17 +56,27 @@ class FederatedAlgorithm(Algorithm):
         remembered: Names of the vectors (d,) that the server remembers; zeros at first.
         tables: Names of what the server remembers of each client, a vector (d,) each; zeros at first.
         sends: Names of the vectors (d,) that a reply has besides the delta.
+        sends_whole: Those of them that are no changes: parts of them left for later would be wrong, so they are never
+            compressed.
+        assumes_plain_sgd: Whether its equations hold only where clients take steps of plain SGD.
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
     remembered: ClassVar[tuple[str, ...]] = ()
     tables: ClassVar[tuple[str, ...]] = ()
     sends: ClassVar[tuple[str, ...]] = ()
+    sends_whole: ClassVar[tuple[str, ...]] = ()
+    assumes_plain_sgd: ClassVar[bool] = False
 
     @property
     def fewest_replies(self) -> int:
         """With fewer, the round leaves the model as it is."""
         return 1
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the local optimizer gets something else than the gradient."""
+        return type(self).direction is not FederatedAlgorithm.direction
 
     # -- client --------------------------------------------------------------------------------------------------------
 
@@ -83,12 +99,24 @@ class FederatedAlgorithm(Algorithm):
 
     # -- server --------------------------------------------------------------------------------------------------------
 
+    @property
+    def pacing(self) -> Pacing:
+        """When the server makes the next model."""
+        return Synchronous()
+
     def begin(self, memory: ServerMemory) -> None:
         """Puts counters into a new memory, and vectors that only these settings need."""
 
     def accepts(self, answered: int, version: int) -> bool:
         """Whether a reply to version `answered` counts in the round of `version`; a synchronous one takes its own."""
         return answered == version
+
+    def trust_in_rest(self, weights: Sequence[float]) -> float:
+        """How far the elements behind the trained ones go towards the mean of the replies', 0 to 1.
+
+        All the way where a round's replies speak for everybody, which is a synchronous one's assumption.
+        """
+        return 1.0
 
     def extras(self, memory: ServerMemory) -> Vectors:
         """What the clients of the coming round need besides the model."""
@@ -115,6 +143,33 @@ class FederatedAlgorithm(Algorithm):
         memory.num_clients += count
 
 
-def stacked(replies: Sequence[Reply], name: str, length: int) -> list[Tensor]:
-    """The first `length` elements of one tensor of each reply."""
-    return [reply.tensors[name][:length] for reply in replies]
+@dataclass(frozen=True)
+class WeightedSum:
+    """`weights[0] * the first reply's tensor + ...`, in the order of the replies."""
+
+    tensor: str
+    weights: Sequence[float]
+
+
+class LinearAlgorithm(FederatedAlgorithm):
+    """One that needs no more of a round's replies than weighted sums, which ranks can add up with one all-reduce."""
+
+    @abstractmethod
+    def sums(self, replies: Sequence[Reply], weights: Sequence[float]) -> Mapping[str, WeightedSum]:
+        """Which sums it needs, by names of its own, from the replies' numbers: their tensors may be elsewhere."""
+
+    @abstractmethod
+    def move(self, memory: ServerMemory, model: Tensor, sums: Vectors) -> Tensor:
+        """The next x, (d,), not in place, from the sums by name, (d,) each. May change the memory."""
+
+    def advance(
+        self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
+    ) -> Tensor:
+        """See `FederatedAlgorithm.advance`."""
+        asked = self.sums(replies, weights)
+        return self.move(memory, model, {key: added_up(each, replies) for key, each in asked.items()})
+
+
+def added_up(asked: WeightedSum, replies: Sequence[Reply]) -> Tensor:
+    """(d,), one of a `LinearAlgorithm`'s sums."""
+    return weighted_rows([reply.tensors[asked.tensor] for reply in replies], asked.weights)

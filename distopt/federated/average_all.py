@@ -21,7 +21,7 @@ class AverageAll(SummedDeltas, name="average-all"):
 
     Args:
         server_lr: See `SummedDeltas`; 10 makes up for it where one client in ten takes part.
-        server_optimizer: See `SummedDeltas`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.federated.functional import Batch, Loss, scalar, squared_gradients
 from distopt.federated.layout import Layout
-from distopt.federated.messages import DELTA, Broadcast, Reply
+from distopt.federated.messages import DELTA, REST, Broadcast, Reply
+from distopt.federated.uplink import UplinkCompression
 from distopt.ops import all_finite
 
-Batch = tuple[Tensor, ...]
-Loss = Callable[[nn.Module, Batch], Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -31,12 +31,22 @@ class Client:
         loss: Mean loss of a batch.
         optimizer: Makes the local optimizer, whose first group's "lr" the algorithm is told.
         max_norm: Upper bound of the norm of the gradient and its correction together; None for none.
+        weight_decay: Of the objective: every gradient gets this times the parameters it is taken at, before the
+            algorithm's correction.
+        uplink: How its vectors travel; None sends them as they are.
     """
 
     algorithm: FederatedAlgorithm
     loss: Loss
     optimizer: MakeOptimizer
     max_norm: float | None = None
+    weight_decay: float = 0.0
+    uplink: UplinkCompression | None = None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the vectors (d,) that each client keeps."""
+        return kept_names(self.algorithm, self.uplink)
 
     def step(
         self,
@@ -48,6 +58,7 @@ class Client:
         *,
         client: int,
         num_samples: int,
+        samples: Callable[[], Iterable[Batch]] = tuple,
     ) -> tuple[Mapping[str, Tensor], Reply]:
         """One round: what the client keeps, and its reply.
 
@@ -59,10 +70,11 @@ class Client:
             batches: One for each local step.
             client: Its number.
             num_samples: How many samples it has trained on.
+            samples: Gives its data once, in batches, for algorithms that look back at it.
         """
         layout.write(model, broadcast.model)
         start = broadcast.model[: layout.num_trained]
-        kept = {name: kept.get(name, torch.zeros_like(start)) for name in self.algorithm.kept}
+        kept = {name: kept.get(name, torch.zeros_like(start)) for name in self.kept}
         parameters = layout.trained(model)
         optimizer = self.optimizer(parameters)
         rates: list[float] = []
@@ -70,26 +82,43 @@ class Client:
             self._local_step(model, parameters, start, kept, broadcast.extras, batch)
             rates.append(float(optimizer.param_groups[0]["lr"]))
             optimizer.step()
-        delta = layout.read(model) - broadcast.model
+        here = layout.read(model)
+        moved, rest = here[: layout.num_trained] - start, here[layout.num_trained :]
         local = LocalRound(
-            moved=delta[: layout.num_trained],
+            moved=moved,
             num_steps=len(rates),
             lr=sum(rates) / len(rates) if rates else 0.0,
             kept=kept,
             extras=broadcast.extras,
+            squared_gradients=lambda: squared_gradients(model, parameters, self.loss, samples()),
         )
-        keeps, sent = self.algorithm.finish(local) if rates else (kept, self._nothing(local))
-        # The server refuses what is not finite; keeping it would spoil all later rounds of this client too.
-        if all(all_finite(tensor) for tensor in (delta, *keeps.values(), *sent.values())):
-            kept = keeps
-        whole = torch.cat([sent[DELTA], delta[layout.num_trained :]])
+        keeps, sent = self.algorithm.finish(local) if rates else (kept, nothing(self.algorithm, moved))
         reply = Reply(
             client=client,
             version=broadcast.version,
             num_samples=num_samples if rates else 0,
             num_steps=len(rates),
-            tensors={**sent, DELTA: whole},
+            tensors={**sent, REST: rest} if rest.numel() else sent,
         )
+        finite = all(all_finite(tensor) for tensor in (here, *keeps.values(), *sent.values()))
+        return self.answer(reply, kept, keeps, finite=finite)
+
+    def answer(
+        self, reply: Reply, kept: Mapping[str, Tensor], keeps: Mapping[str, Tensor], *, finite: bool
+    ) -> tuple[Mapping[str, Tensor], Reply]:
+        """What a client keeps after its last step, and its reply as it leaves.
+
+        Args:
+            reply: As the algorithm makes it.
+            kept: From its last round.
+            keeps: What the algorithm says that it keeps now.
+            finite: Whether its model, `keeps` and the reply are.
+        """
+        # The server refuses what is not finite; keeping it would spoil all later rounds of this client too.
+        if finite:
+            kept = {**kept, **keeps}
+        if self.uplink is not None:
+            reply, kept = self.uplink.compress(self.algorithm, reply, kept)
         return kept, reply
 
     def _local_step(
@@ -101,20 +130,19 @@ class Client:
         extras: Mapping[str, Tensor],
         batch: Batch,
     ) -> None:
+        if not self.algorithm.corrects and self.max_norm is None:
+            for p, g in zip(parameters, self._gradients(model, parameters, batch), strict=True):
+                p.grad = g
+            return
         here = _flat(parameters)
 
         def gradient(displacement: Tensor | None) -> Tensor:
             if displacement is not None:
                 _set(parameters, here + displacement)
-            gradients = torch.autograd.grad(self.loss(model, batch), parameters, allow_unused=True)
+            gradients = self._gradients(model, parameters, batch)
             if displacement is not None:
                 _set(parameters, here)
-            return torch.cat(
-                [
-                    torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1)
-                    for p, g in zip(parameters, gradients, strict=True)
-                ]
-            )
+            return torch.cat([g.reshape(-1) for g in gradients])
 
         direction = self.algorithm.direction(gradient, here - start, kept, extras)
         if self.max_norm is not None:
@@ -123,8 +151,24 @@ class Client:
         for p, part in zip(parameters, parts, strict=True):
             p.grad = part.view(p.shape)
 
-    def _nothing(self, local: LocalRound) -> Mapping[str, Tensor]:
-        return {DELTA: local.moved, **{name: torch.zeros_like(local.moved) for name in self.algorithm.sends}}
+    def _gradients(self, model: nn.Module, parameters: list[nn.Parameter], batch: Batch) -> tuple[Tensor, ...]:
+        """Of the objective, at the parameters as they are."""
+        loss = scalar(self.loss(model, batch))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        if not self.weight_decay:
+            return gradients
+        pairs = zip(gradients, parameters, strict=True)
+        return tuple(g.add(p.detach(), alpha=self.weight_decay) for g, p in pairs)
+
+
+def kept_names(algorithm: FederatedAlgorithm, uplink: UplinkCompression | None) -> tuple[str, ...]:
+    """Of the vectors (d,) that each client keeps."""
+    return (*algorithm.kept, *(() if uplink is None else uplink.kept(algorithm)))
+
+
+def nothing(algorithm: FederatedAlgorithm, like: Tensor) -> Mapping[str, Tensor]:
+    """What a client sends that has taken no step."""
+    return {name: torch.zeros_like(like) for name in (DELTA, *algorithm.sends)}
 
 
 def _flat(parameters: list[nn.Parameter]) -> Tensor:

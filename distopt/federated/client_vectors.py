@@ -52,7 +52,11 @@ class ClientVectors:
 
     def get_many(self, clients: Sequence[int]) -> Tensor:
         """(len(clients), d), a copy."""
-        return torch.stack([self.get(client) for client in clients]) if clients else self._rows[:0].clone()
+        found = torch.zeros(len(clients), self.length, dtype=self.dtype)
+        for vector, client in zip(found, clients, strict=True):
+            if (row := self._row_of.get(client)) is not None:
+                vector.copy_(self._rows[row])
+        return found
 
     def set(self, client: int, vector: Tensor) -> None:
         """Keeps a copy."""

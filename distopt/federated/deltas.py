@@ -3,7 +3,7 @@
 Sums are taken in the order of the clients, so their bits do not depend on who answered first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from distopt.config import check_number
 from distopt.errors import ConfigError
-from distopt.federated.algorithm import FederatedAlgorithm, stacked
-from distopt.federated.averaging import sample_weights, uniform_weights
+from distopt.federated.algorithm import FederatedAlgorithm, LinearAlgorithm, Vectors, WeightedSum
+from distopt.federated.client_weights import sample_weights, uniform_weights
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 from distopt.federated.server_optimizer import PlainStep, ServerOptimizer
-from distopt.ops import weighted_sum_
 
 WEIGHTINGS = ("samples", "uniform")
+ALL_DELTAS = "all_deltas"
 
 
 def mean_weights(weighting: str, replies: Sequence[Reply]) -> list[float]:
@@ -28,27 +28,13 @@ def mean_weights(weighting: str, replies: Sequence[Reply]) -> list[float]:
     return [float(weight) for weight in found]
 
 
-def weighted_rows(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`weights[0] rows[0] + weights[1] rows[1] + ...`, in this order; 16-bit rows are added in float32."""
-    rows = [row.contiguous() for row in rows]
-    dtype = rows[0].dtype
-    total = torch.empty_like(rows[0], dtype=dtype if dtype is torch.float64 else torch.float32)
-    weighted_sum_(total, rows, weights)
-    return total.to(dtype)
-
-
-def weighted_delta(replies: Sequence[Reply], weights: Sequence[float], num_trained: int, name: str = DELTA) -> Tensor:
-    """(d,), the sum of one tensor of each reply times its weight, in the order of the clients."""
-    return weighted_rows(stacked(replies, name, num_trained), weights)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SummedDeltas(FederatedAlgorithm):
-    """`x + eta_g * sum_k w_k Delta_k` over the clients that replied; a subclass says the weights.
+class SteppingServer(FederatedAlgorithm):
+    """`x + eta_g * D`, or what a server optimizer makes of D; a subclass says what D is.
 
     Args:
         server_lr: eta_g; None takes the server optimizer's own, 1 for a plain step.
-        server_optimizer: What it makes of the sum before it goes along it.
+        server_optimizer: What it makes of D before it goes along it.
     """
 
     server_lr: float | None = None  # larger goes further along the sum, 1 is a mean of models where weights sum to 1
@@ -70,29 +56,41 @@ class SummedDeltas(FederatedAlgorithm):
         """See `FederatedAlgorithm.begin`."""
         self.server_optimizer.begin(memory)
 
-    def advance(
-        self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
-    ) -> Tensor:
-        """See `FederatedAlgorithm.advance`."""
-        return self.step_along(memory, model, weighted_delta(replies, weights, memory.num_trained))
-
     def step_along(self, memory: ServerMemory, model: Tensor, delta: Tensor) -> Tensor:
         """`x + eta_g * delta`, or what the server optimizer makes of it."""
         lr = self.server_optimizer.usual_lr if self.server_lr is None else self.server_lr
         return torch.add(model, self.server_optimizer.direction(memory, delta), alpha=lr)
 
 
-def mean_with_all_corrections(
-    memory: ServerMemory, name: str, replies: Sequence[Reply], weights: Sequence[float]
-) -> Tensor:
-    """(d,), `sum_S w_k Delta_k + (1/N) sum of all deltas of all rounds`, which is what FedDyn's server adds to x.
+@dataclass(frozen=True, kw_only=True)
+class SummedDeltas(SteppingServer, LinearAlgorithm):
+    """`x + eta_g * sum_k w_k Delta_k` over the clients that replied; a subclass says the weights.
 
     Args:
-        memory: Of the server.
-        name: Its vector that holds the sum of all deltas; this round's are added first.
-        replies: Whose deltas are y_k - x.
-        weights: w_k.
+        server_lr: eta_g; None takes the server optimizer's own, 1 for a plain step.
+        server_optimizer: What it makes of the sum before it goes along it.
     """
-    moved = weighted_delta(replies, [1.0] * len(replies), memory.num_trained)
-    memory.vectors[name] = memory.vectors[name] + moved
-    return weighted_delta(replies, weights, memory.num_trained) + memory.vectors[name] / memory.num_clients
+
+    def sums(self, replies: Sequence[Reply], weights: Sequence[float]) -> Mapping[str, WeightedSum]:
+        """See `LinearAlgorithm.sums`."""
+        return {DELTA: WeightedSum(DELTA, weights)}
+
+    def move(self, memory: ServerMemory, model: Tensor, sums: Vectors) -> Tensor:
+        """See `LinearAlgorithm.move`."""
+        return self.step_along(memory, model, sums[DELTA])
+
+
+class CorrectedMean(LinearAlgorithm):
+    """`x + sum_S w_k Delta_k + (1/N) sum of all deltas of all rounds`, this one included: what FedDyn's server does.
+
+    The memory has the vector "all_deltas"; it is remembered as a sum, so that N may grow.
+    """
+
+    def sums(self, replies: Sequence[Reply], weights: Sequence[float]) -> Mapping[str, WeightedSum]:
+        """See `LinearAlgorithm.sums`."""
+        return {DELTA: WeightedSum(DELTA, weights), ALL_DELTAS: WeightedSum(DELTA, [1.0] * len(replies))}
+
+    def move(self, memory: ServerMemory, model: Tensor, sums: Vectors) -> Tensor:
+        """See `LinearAlgorithm.move`."""
+        memory.vectors[ALL_DELTAS] = memory.vectors[ALL_DELTAS] + sums[ALL_DELTAS]
+        return model + (sums[DELTA] + memory.vectors[ALL_DELTAS] / memory.num_clients)

@@ -21,8 +21,8 @@ class FedAvg(SummedDeltas, name="fedavg"):
 
     Args:
         weighting: "samples", w_k = n_k / sum of n_k, or "uniform", the same for all.
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

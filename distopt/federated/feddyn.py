@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distopt.config import check_number
-from distopt.federated.algorithm import FederatedAlgorithm, LocalRound, Vectors
-from distopt.federated.deltas import mean_weights, mean_with_all_corrections
+from distopt.federated.algorithm import LocalRound, Vectors
+from distopt.federated.deltas import ALL_DELTAS, CorrectedMean, mean_weights
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 
 CORRECTION = "correction"
-ALL_MOVED = "all_moved"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedDyn(FederatedAlgorithm, name="feddyn"):
+class FedDyn(CorrectedMean, name="feddyn"):
     """Uniform over all clients; see the module.
 
     Args:
@@ -40,7 +39,7 @@ class FedDyn(FederatedAlgorithm, name="feddyn"):
     alpha: float = 0.01  # larger keeps clients closer to the server's model; too large and they hardly move
 
     kept = (CORRECTION,)
-    remembered = (ALL_MOVED,)
+    remembered = (ALL_DELTAS,)
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, rule="a number in (0, 1e6]", remedy="use 0.1 or less", low=0.0, high=1e6)
@@ -58,9 +57,3 @@ class FedDyn(FederatedAlgorithm, name="feddyn"):
     def weights(self, memory: ServerMemory, replies: Sequence[Reply]) -> list[float]:
         """See `FederatedAlgorithm.weights`."""
         return mean_weights("uniform", replies)
-
-    def advance(
-        self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
-    ) -> Tensor:
-        """See `FederatedAlgorithm.advance`."""
-        return model + mean_with_all_corrections(memory, ALL_MOVED, replies, weights)

@@ -23,12 +23,14 @@ class FedNova(FedAvg, name="fednova"):
 
     Args:
         weighting: p_k, see `FedAvg`.
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.
     """
+
+    assumes_plain_sgd = True
 
     def weights(self, memory: ServerMemory, replies: Sequence[Reply]) -> list[float]:
         """See `FederatedAlgorithm.weights`."""

@@ -23,8 +23,8 @@ class FedProx(FedAvg, name="fedprox"):
     Args:
         mu: See above; 0 is FedAvg.
         weighting: See `FedAvg`.
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

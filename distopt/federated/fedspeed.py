@@ -11,32 +11,31 @@ The paper's server takes the uniform mean of what was sent: `server="paper"`. A 
 correction -lambda ghat_i over all N clients, as FedDyn's server does: `server="public-simulator"`, for which clients
 send y. The two are the same where all clients take part in each round, and differ otherwise.
 
-Limits: two gradients per step. The paper's settings also have a weight decay of 1e-3, which belongs to g1 and g2: put
-it into the loss, because the local optimizer's would not see the ascent step; and the norm of the whole gradient, with
-its correction, is clipped to 10 (`Client.max_norm`). A reply that the server refuses leaves ghat_i changed.
+Limits: two gradients per step. The paper's settings also have a weight decay of 1e-3, which belongs to g1 and g2, and
+the norm of the whole gradient, with its correction, is clipped to 10: `LocalTraining(weight_decay=1e-3, max_norm=10.0,
+lr=0.1, lr_decay=0.998)`. A reply that the server refuses leaves ghat_i changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distopt.config import check_choice, check_number
-from distopt.federated.algorithm import FederatedAlgorithm, LocalRound, Vectors
+from distopt.federated.algorithm import LocalRound, Vectors, WeightedSum
 from distopt.federated.checks import check_from_zero
-from distopt.federated.deltas import mean_weights, mean_with_all_corrections, weighted_delta
+from distopt.federated.deltas import ALL_DELTAS, CorrectedMean, mean_weights
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 
 CORRECTION = "correction"
-ALL_MOVED = "all_moved"
 PAPER = "paper"
 PUBLIC_SIMULATOR = "public-simulator"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSpeed(FederatedAlgorithm, name="fedspeed"):
+class FedSpeed(CorrectedMean, name="fedspeed"):
     """Uniform over the clients; see the module.
 
     Args:
@@ -81,16 +80,16 @@ class FedSpeed(FederatedAlgorithm, name="fedspeed"):
     def begin(self, memory: ServerMemory) -> None:
         """See `FederatedAlgorithm.begin`."""
         if self.server == PUBLIC_SIMULATOR:
-            memory.remember(ALL_MOVED)  # -lambda times the sum of all ghat_i
+            memory.remember(ALL_DELTAS)  # -lambda times the sum of all ghat_i
 
     def weights(self, memory: ServerMemory, replies: Sequence[Reply]) -> list[float]:
         """See `FederatedAlgorithm.weights`."""
         return mean_weights("uniform", replies)
 
-    def advance(
-        self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
-    ) -> Tensor:
-        """See `FederatedAlgorithm.advance`."""
-        if self.server == PAPER:
-            return model + weighted_delta(replies, weights, memory.num_trained)
-        return model + mean_with_all_corrections(memory, ALL_MOVED, replies, weights)
+    def sums(self, replies: Sequence[Reply], weights: Sequence[float]) -> Mapping[str, WeightedSum]:
+        """See `LinearAlgorithm.sums`."""
+        return {DELTA: WeightedSum(DELTA, weights)} if self.server == PAPER else super().sums(replies, weights)
+
+    def move(self, memory: ServerMemory, model: Tensor, sums: Vectors) -> Tensor:
+        """See `LinearAlgorithm.move`."""
+        return model + sums[DELTA] if self.server == PAPER else super().move(memory, model, sums)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distopt.federated.algorithm import stacked
-from distopt.federated.deltas import SummedDeltas, mean_weights, weighted_rows
+from distopt.federated.deltas import SteppingServer, mean_weights
 from distopt.federated.memory import ServerMemory
-from distopt.federated.messages import DELTA, Reply
+from distopt.federated.messages import Reply
+from distopt.federated.rows import weighted_rows
 
 LATEST = "latest"
 LATEST_SUM = "latest_sum"
@@ -27,20 +27,20 @@ def remember_latest(memory: ServerMemory, replies: Sequence[Reply]) -> list[Tens
     """Puts the replies' deltas in place of the latest ones, keeps their sum, and returns what changed, (d,) each."""
     latest = memory.tables[LATEST]
     changes = []
-    for reply, delta in zip(replies, stacked(replies, DELTA, memory.num_trained), strict=True):
-        changes.append(delta - latest.get(reply.client))
-        latest.set(reply.client, delta)
+    for reply in replies:
+        changes.append(reply.delta - latest.get(reply.client))
+        latest.set(reply.client, reply.delta)
     memory.vectors[LATEST_SUM] = memory.vectors[LATEST_SUM] + weighted_rows(changes, [1.0] * len(changes))
     return changes
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedVarp(SummedDeltas, name="fedvarp"):
+class FedVarp(SteppingServer, name="fedvarp"):
     """Uniform over all clients, with the variance of who takes part reduced; see the module.
 
     Args:
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

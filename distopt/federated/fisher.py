@@ -22,9 +22,8 @@ from torch.func import functional_call, grad, vmap
 
 from distopt.config import check_choice, check_count, check_number
 from distopt.errors import ConfigError
-from distopt.federated.averaging import block_numel
 from distopt.federated.checks import float_vector
-from distopt.federated.rows import Ids, Rows, as_rows, blocks, client_order
+from distopt.federated.rows import Ids, Rows, as_rows, block_numel, blocks, client_order
 
 LABELS = ("sampled", "exact", "empirical")
 

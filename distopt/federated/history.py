@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from distopt.errors import ConfigError, StateMismatchError
-from distopt.plotting import COLOURS, load_matplotlib
-
-Row = dict[str, Any]
+from distopt.federated import curves
+from distopt.federated.curves import Row
+from distopt.federated.plots import plot_history
+from distopt.federated.tensorboard import TensorBoard
 
 
 class History:
-    """One row per round: "round", "participants", "bytes_down", "bytes_up", "refused" and what was evaluated."""
+    """One row per round.
+
+    A row has "round", from 1 on, the ids of its "participants", "bytes_down", "bytes_up", how many replies were
+    "refused", what was evaluated at its end, and "time_s", the virtual seconds then, if clients have delays.
+    """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self.rows = list(rows)
@@ -38,19 +43,48 @@ class History:
         Raises:
             ConfigError: No round has one.
         """
-        found = [(row["round"], row[name]) for row in self.rows if row.get(name) is not None]
-        if not found:
-            known = ", ".join(sorted({key for row in self.rows for key in row})) or "nothing"
-            raise ConfigError(f"there must be a round with {name!r}, got none; rounds have {known}")
-        return found
+        return curves.curve(self.rows, name)
 
     def last(self, name: str) -> Any:
         """The latest value."""
         return self.column(name)[-1][1]
 
-    def rounds_to(self, name: str, target: float) -> int | None:
-        """The first round in which a value reached a target from below; None if it never did."""
-        return next((round for round, value in self.column(name) if value >= target), None)
+    def rounds_to(self, name: str, target: float, *, falling: bool = False) -> int | None:
+        """The first round at whose end a value had reached a target; None if it never did.
+
+        Args:
+            name: Of the value.
+            target: To be reached from below.
+            falling: It is to be reached from above, as by a loss.
+
+        Raises:
+            ConfigError: No round has such a value.
+        """
+        found: int | None = curves.reached(self.rows, name, target, "round", falling=falling)
+        return found
+
+    def bytes_to(self, name: str, target: float, *, falling: bool = False) -> int | None:
+        """The bytes sent until then, down and up, by all clients; see `rounds_to`."""
+        found: int | None = curves.reached(self.rows, name, target, "bytes", falling=falling)
+        return found
+
+    def time_to(self, name: str, target: float, *, falling: bool = False) -> float | None:
+        """The virtual seconds until then; see `rounds_to`.
+
+        Raises:
+            ConfigError: No round has such a value, or the run had no delays.
+        """
+        found: float | None = curves.reached(self.rows, name, target, "time_s", falling=falling)
+        return found
+
+    @property
+    def has_time(self) -> bool:
+        """Whether rounds have a virtual time."""
+        return bool(self.rows) and curves.axis(self.rows, "time_s") is not None
+
+    def participation(self) -> dict[int, int]:
+        """In how many rounds each client took part, by client; who never did is left out."""
+        return curves.participation(self.rows)
 
     def total_bytes(self) -> int:
         """Sent down and up in all rounds."""
@@ -86,34 +120,24 @@ class History:
             raise StateMismatchError(f"{path} must be a history in JSON: {error}; save it as .json") from error
         return cls(rows)
 
-    def plot(self, path: str | os.PathLike[str], name: str = "accuracy") -> None:
-        """Draws a value over rounds and over bytes, and how often each client took part.
+    def plot(self, path: str | os.PathLike[str], name: str = "accuracy", *, title: str = "") -> None:
+        """Draws a value over rounds, bytes and virtual time, if there is one, and how often each client took part.
 
         Raises:
+            ConfigError: No round has such a value.
             CompatibilityError: matplotlib is not installed.
         """
-        figure = load_matplotlib()(figsize=(12, 3.5), layout="constrained")
-        over_rounds, over_bytes, per_client = figure.subplots(1, 3)
-        found = self.column(name)
-        sent, total = {}, 0
-        for row in self.rows:
-            total += row["bytes_down"] + row["bytes_up"]
-            sent[row["round"]] = total / 1e6
-        over_rounds.plot([round for round, _ in found], [value for _, value in found], color=COLOURS[2])
-        over_bytes.plot([sent[round] for round, _ in found], [value for _, value in found], color=COLOURS[2])
-        counts: dict[int, int] = {}
-        for row in self.rows:
-            for client in row["participants"]:
-                counts[client] = counts.get(client, 0) + 1
-        per_client.plot(sorted(counts.values(), reverse=True), color=COLOURS[6])
-        for axes, xlabel, ylabel in (
-            (over_rounds, "round", name),
-            (over_bytes, "MB sent, down and up", name),
-            (per_client, "clients, most frequent first", "rounds"),
-        ):
-            axes.set_xlabel(xlabel)
-            axes.set_ylabel(ylabel)
-        figure.savefig(path)
+        plot_history(self.rows, path, name=name, title=title)
+
+    def write_tensorboard(self, folder: str | os.PathLike[str]) -> None:
+        """Writes all rounds for TensorBoard; `TensorBoard` writes them while a run goes on.
+
+        Raises:
+            CompatibilityError: tensorboard is not installed.
+        """
+        with TensorBoard(folder) as board:
+            for row in self.rows:
+                board(row)
 
 
 def _suffix(path: str | os.PathLike[str]) -> str:

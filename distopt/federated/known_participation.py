@@ -23,8 +23,8 @@ class KnownParticipation(SummedDeltas, name="known-participation"):
 
     Args:
         probability: p_k in (0, 1], one for each client or one for all.
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

@@ -1,11 +1,11 @@
 """The averaged part of a model as one flat vector; everything else of it stays where it is.
 
-Averaged are the floating-point parameters and buffers, tied ones once. Integer buffers (BatchNorm's counter) never are,
-and neither is what the exclusion list names: those keep the values that each holder of the model has of its own.
+Averaged are the trained parameters and the floating-point buffers, tied ones once. Integer buffers (BatchNorm's
+counter) and frozen parameters (`requires_grad=False`) never are, and neither is what the exclusion list names: those
+keep the values that each holder of the model has of its own, so a large frozen part of a model does not travel.
 
-What is trained comes first: the vector's head, of which the algorithms' equations speak. Behind it are float buffers
-and frozen parameters, of which a server takes the weighted mean: a sum of weights other than one would make a variance
-negative.
+What is trained comes first: the vector's head, of which the algorithms' equations speak. Behind it are float buffers,
+of which a server takes the weighted mean: a sum of weights other than one would make a variance negative.
 
 Limits: one dtype for all that is averaged.
 """
@@ -31,26 +31,25 @@ class Layout:
 
     Raises:
         ConfigError: A name in `exclude` fits nothing in the model.
-        CompatibilityError: Nothing is left to average or to train, or tensors differ in dtype.
+        CompatibilityError: Nothing is left to train, or tensors differ in dtype.
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied ones once
         left_out = _excluded(model, named, exclude)
+        left_out |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         kept = {name: t for name, t in named.items() if name not in left_out and t.is_floating_point()}
-        if not kept:
-            raise CompatibilityError("there must be something to average, got a model without; exclude less of it")
-        dtypes = {t.dtype: name for name, t in kept.items()}
-        if len(dtypes) > 1:
-            described = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise CompatibilityError(
-                f"what is averaged must have one dtype, got {described}; convert the model, or exclude some of it"
-            )
         trained = {name: t for name, t in kept.items() if t.requires_grad}
         if not trained:
             raise CompatibilityError(
                 "there must be something to train among what is averaged, got a model without; exclude less of it, or "
                 "set requires_grad"
+            )
+        dtypes = {t.dtype: name for name, t in kept.items()}
+        if len(dtypes) > 1:
+            described = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+            raise CompatibilityError(
+                f"what is averaged must have one dtype, got {described}; convert the model, or exclude some of it"
             )
         kept = trained | kept
         self.trained_names = tuple(trained)
@@ -59,6 +58,19 @@ class Layout:
         self.dtype = next(iter(dtypes))
         self.num_trained = sum(t.numel() for t in trained.values())  # d of the algorithms
         self.num_elements = sum(t.numel() for t in kept.values())
+
+    @property
+    def description(self) -> list[str]:
+        """Of each averaged tensor, in order: its name, shape and dtype, and whether it is trained."""
+        return [
+            f"{name} {list(shape)} {self.dtype}{' trained' if name in self.trained_names else ''}"
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        ]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a vector (d,)."""
+        return self.num_trained * self.dtype.itemsize
 
     def read(self, model: nn.Module) -> Tensor:
         """(num_elements,), a copy of the averaged tensors."""
@@ -80,6 +92,10 @@ class Layout:
         tensors = _tensors(model)
         for name, part in self.split(vector).items():
             tensors[name].copy_(part)
+
+    def others(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of such a model that are not averaged, themselves."""
+        return {name: t.detach() for name, t in _tensors(model).items() if name not in self.names}
 
     def trained(self, model: nn.Module) -> list[nn.Parameter]:
         """The trained parameters of such a model, in order."""

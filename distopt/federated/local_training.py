@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from distopt.config import Configurable, FrozenMapping, check_count, check_number
+from distopt.config import Configurable, FrozenMapping, check_count, check_number, check_switch
 from distopt.errors import ConfigError
+from distopt.federated.checks import check_from_zero
 from distopt.federated.randomness import stream
 
 
@@ -29,9 +30,12 @@ class LocalTraining(Configurable, tag="local", name="local"):
         batch_size: Samples per step; a client with fewer takes all of them.
         epochs: Passes over the client's data, the last batch of each being what is left; or
         steps: So many batches, going on into further passes.
+        drop_last: Whether what is left is left out, where the client has a whole batch.
         optimizer: Name of a class in torch.optim, or in pytorch_optimizer where it is installed.
         options: Its other arguments, such as {"momentum": 0.9}.
         max_norm: Of the gradient and its correction together; None does not clip.
+        weight_decay: Of the objective: every gradient gets this times the parameters that it is taken at, before an
+            algorithm corrects it; FedSpeed's ascent step sees it. An optimizer's own, in `options`, comes after.
     """
 
     lr: float = 0.1  # larger moves further and drifts further apart
@@ -39,9 +43,11 @@ class LocalTraining(Configurable, tag="local", name="local"):
     batch_size: int = 32
     epochs: int | None = None  # more local work, fewer rounds, more drift
     steps: int | None = None
+    drop_last: bool = False  # True: all batches of a size, for BatchNorm, and a few samples unseen in each pass
     optimizer: str = "SGD"
     options: Mapping[str, Any] = FrozenMapping()
     max_norm: float | None = None
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("lr", self.lr, rule="a number above 0", remedy="use 0.1", low=0.0, high=math.inf)
@@ -56,12 +62,19 @@ class LocalTraining(Configurable, tag="local", name="local"):
         for field in ("epochs", "steps"):
             if (value := getattr(self, field)) is not None:
                 check_count(field, value, low=1, remedy="use 5")
+        check_switch("drop_last", self.drop_last)
         if self.max_norm is not None:
             check_number("max_norm", self.max_norm, rule="a number above 0", remedy="use 10.0", low=0.0, high=math.inf)
+        check_from_zero("weight_decay", self.weight_decay, remedy="use 1e-3, or 0.0 for none")
         if not isinstance(self.options, Mapping):
             raise ConfigError(f'options must be a mapping, got {self.options!r}; use {{"momentum": 0.9}}')
         object.__setattr__(self, "options", FrozenMapping(self.options))
         optimizer_class(self.optimizer)
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is lr times the gradient."""
+        return self.optimizer == "SGD" and not self.options.get("momentum") and not self.options.get("weight_decay")
 
     def make(self, parameters: list[nn.Parameter], round: int) -> torch.optim.Optimizer:
         """The optimizer of a round."""
@@ -73,7 +86,12 @@ class LocalTraining(Configurable, tag="local", name="local"):
         """How many batches a client with so many samples takes."""
         if not num_samples:
             return 0
-        return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(num_samples / self.batch_size)
+        return self.steps if self.steps is not None else (self.epochs or 0) * len(self.batch_sizes(num_samples))
+
+    def batch_sizes(self, num_samples: int) -> list[int]:
+        """Of the batches of one pass over so many samples."""
+        whole, left = divmod(num_samples, self.batch_size)
+        return [self.batch_size] * whole + ([left] if left and not (self.drop_last and whole) else [])
 
     def batches(self, part: NDArray[np.int64], key: list[int], round: int, client: int) -> Iterator[NDArray[np.int64]]:
         """The samples of each step.
@@ -87,8 +105,9 @@ class LocalTraining(Configurable, tag="local", name="local"):
         rng, left = stream(key, round, client), self.num_steps(len(part))
         while left > 0:
             order = part[rng.permutation(len(part))]
-            for start in range(0, len(order), self.batch_size)[:left]:
-                yield order[start : start + self.batch_size]
+            for size in self.batch_sizes(len(part))[:left]:
+                yield order[:size]
+                order = order[size:]
                 left -= 1
 
 

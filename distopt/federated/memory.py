@@ -1,5 +1,6 @@
 """What a server remembers between rounds besides the model."""
 
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ class ServerMemory:
         num_clients: N, how many are registered.
         vectors: Names of vectors, zeros at first.
         tables: Names of tables, zeros at first.
+        folder: Where tables lie in files; in memory if left out.
+
+    Attributes:
+        version: Of the model that the replies of this round are added to; `Server` keeps it.
+        counters: What else an algorithm remembers: objects with `state_dict` and `load_state_dict`.
     """
 
     def __init__(
@@ -30,13 +36,15 @@ class ServerMemory:
         *,
         vectors: tuple[str, ...] = (),
         tables: tuple[str, ...] = (),
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        self.version = 0
         self.num_trained = num_trained
         self.dtype = dtype
         self.num_clients = num_clients
         self.vectors: dict[str, Tensor] = {name: torch.zeros(num_trained, dtype=dtype) for name in vectors}
-        self.tables = {name: ClientVectors(num_trained, dtype) for name in tables}
-        self.counters: dict[str, Any] = {}  # with state_dict and load_state_dict
+        self.tables = {name: ClientVectors(num_trained, dtype, folder=folder) for name in tables}
+        self.counters: dict[str, Any] = {}
 
     def remember(self, name: str, value: float = 0.0) -> None:
         """Adds a vector of this value, for what only some settings of an algorithm need."""

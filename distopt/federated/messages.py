@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 DELTA = "delta"
+REST = "rest"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,7 +38,9 @@ class Reply:
         version: That of the broadcast that it answers.
         num_samples: How many it has trained on; 0 counts for nothing.
         num_steps: Local steps that it has taken.
-        tensors: By name; "delta" is its model minus the one that it was sent, of that length, the others are (d,).
+        tensors: By name: "delta", (d,), what its trained elements have changed by, or what its algorithm sends for
+            that; "rest", the elements behind them as they are, where there are any; those of the algorithm, (d,) each.
+        wire_bytes: How many bytes the tensors were on the wire; None if they were sent as they are.
     """
 
     client: int
@@ -45,13 +48,16 @@ class Reply:
     num_samples: int
     num_steps: int
     tensors: Mapping[str, Tensor]
+    wire_bytes: int | None = None
 
     @property
     def delta(self) -> Tensor:
-        """Its model minus the one that it was sent, of the length of the broadcast's."""
+        """(d,)."""
         return self.tensors[DELTA]
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """On the wire."""
+        if self.wire_bytes is not None:
+            return self.wire_bytes
         return sum(tensor.nbytes for tensor in self.tensors.values())

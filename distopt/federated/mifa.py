@@ -13,19 +13,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distopt.federated.deltas import SummedDeltas
+from distopt.federated.deltas import SteppingServer
 from distopt.federated.fedvarp import LATEST, LATEST_SUM, remember_latest
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import Reply
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIFA(SummedDeltas, name="mifa"):
+class MIFA(SteppingServer, name="mifa"):
     """Uniform over all clients; see the module.
 
     Args:
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.

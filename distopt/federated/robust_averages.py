@@ -14,14 +14,13 @@ from torch import Tensor
 
 from distopt.config import check_count
 from distopt.federated import robust
-from distopt.federated.algorithm import stacked
-from distopt.federated.deltas import SummedDeltas
+from distopt.federated.deltas import SteppingServer
 from distopt.federated.memory import ServerMemory
-from distopt.federated.messages import DELTA, Reply
+from distopt.federated.messages import Reply
 
 
 @dataclass(frozen=True, kw_only=True)
-class RobustAverage(SummedDeltas):
+class RobustAverage(SteppingServer):
     """`x + eta_g * rule(deltas)`.
 
     Args:
@@ -48,7 +47,7 @@ class RobustAverage(SummedDeltas):
         self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
     ) -> Tensor:
         """See `FederatedAlgorithm.advance`."""
-        return self.step_along(memory, model, self.combine(stacked(replies, DELTA, memory.num_trained)))
+        return self.step_along(memory, model, self.combine([reply.delta for reply in replies]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ SGD only: no momentum, no clipping. A reply that the server refuses or never get
 without its part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from distopt.federated.algorithm import LocalRound, Vectors
-from distopt.federated.deltas import SummedDeltas, mean_weights, weighted_delta
+from distopt.federated.algorithm import LocalRound, Vectors, WeightedSum
+from distopt.federated.deltas import SummedDeltas, mean_weights
 from distopt.federated.memory import ServerMemory
 from distopt.federated.messages import DELTA, Reply
 
@@ -33,8 +33,8 @@ class Scaffold(SummedDeltas, name="scaffold"):
     """Uniform mean of the deltas of locally corrected steps; see the module.
 
     Args:
-        server_lr: See `SummedDeltas`.
-        server_optimizer: See `SummedDeltas`.
+        server_lr: See `SteppingServer`.
+        server_optimizer: See `SteppingServer`.
 
     Raises:
         ConfigError: A value breaks its rule.
@@ -43,6 +43,7 @@ class Scaffold(SummedDeltas, name="scaffold"):
     kept = (CONTROL,)
     remembered = (CONTROL_SUM,)
     sends = (CONTROL_CHANGE,)
+    assumes_plain_sgd = True
 
     def direction(
         self, gradient: Callable[[Tensor | None], Tensor], moved: Tensor, kept: Vectors, extras: Vectors
@@ -63,10 +64,12 @@ class Scaffold(SummedDeltas, name="scaffold"):
         """See `FederatedAlgorithm.weights`."""
         return mean_weights("uniform", replies)
 
-    def advance(
-        self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
-    ) -> Tensor:
-        """See `FederatedAlgorithm.advance`."""
-        changed = weighted_delta(replies, [1.0] * len(replies), memory.num_trained, CONTROL_CHANGE)
-        memory.vectors[CONTROL_SUM] = memory.vectors[CONTROL_SUM] + changed
-        return super().advance(memory, model, replies, weights)
+    def sums(self, replies: Sequence[Reply], weights: Sequence[float]) -> Mapping[str, WeightedSum]:
+        """See `LinearAlgorithm.sums`."""
+        changed = WeightedSum(CONTROL_CHANGE, [1.0] * len(replies))
+        return {**super().sums(replies, weights), CONTROL_CHANGE: changed}
+
+    def move(self, memory: ServerMemory, model: Tensor, sums: Vectors) -> Tensor:
+        """See `LinearAlgorithm.move`."""
+        memory.vectors[CONTROL_SUM] = memory.vectors[CONTROL_SUM] + sums[CONTROL_CHANGE]
+        return super().move(memory, model, sums)

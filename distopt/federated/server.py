@@ -6,11 +6,13 @@ it is the newer version, and of one version the first to come. Replies of no sam
 replies than the algorithm needs. The order of arrival changes no bit. A round without replies leaves the model as it
 is, and counters and schedules go on.
 
-Elements behind the trained ones (`Layout`), BatchNorm's variance among them, become the mean weighted by samples.
+Elements behind the trained ones (`Layout`), BatchNorm's variance among them, become the mean of the replies' own,
+weighted by samples; where the replies do not speak for everybody they go only part of the way.
 """
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +21,10 @@ from torch import Tensor
 
 from distopt.config import check_count
 from distopt.errors import ConfigError, StateMismatchError
-from distopt.federated.algorithm import FederatedAlgorithm
-from distopt.federated.deltas import weighted_rows
+from distopt.federated.algorithm import FederatedAlgorithm, LinearAlgorithm, WeightedSum
+from distopt.federated.exchange import HERE, Exchange
 from distopt.federated.memory import ServerMemory
-from distopt.federated.messages import DELTA, Broadcast, Reply
+from distopt.federated.messages import DELTA, REST, Broadcast, Reply
 from distopt.ops import all_finite
 
 
@@ -58,11 +60,15 @@ class Server:
     Args:
         algorithm: What the replies make of the model.
         num_trained: d, how many of the model's elements are trained.
+        folder: Where to keep the tables of one vector per client, in files; in memory if left out.
     """
 
-    def __init__(self, algorithm: FederatedAlgorithm, num_trained: int) -> None:
+    def __init__(
+        self, algorithm: FederatedAlgorithm, num_trained: int, *, folder: str | os.PathLike[str] | None = None
+    ) -> None:
         self.algorithm = algorithm
         self.num_trained = num_trained
+        self._folder = folder
 
     def begin(self, model: Tensor, num_clients: int) -> ServerState:
         """The state before the first round.
@@ -71,6 +77,11 @@ class Server:
             ConfigError: A value breaks its rule, or does not fit the algorithm.
         """
         check_count("num_clients", num_clients, low=1, remedy="register the clients first")
+        if self.algorithm.fewest_replies > num_clients:
+            raise ConfigError(
+                f"there must be at least the {self.algorithm.fewest_replies} clients whose replies "
+                f"{self.algorithm.name!r} needs, got {num_clients}; register more, or lower what it asks for"
+            )
         if model.dim() != 1 or len(model) < self.num_trained:
             raise ConfigError(
                 f"model must be a flat vector of at least {self.num_trained} elements, got shape {tuple(model.shape)}; "
@@ -82,6 +93,7 @@ class Server:
             num_clients,
             vectors=self.algorithm.remembered,
             tables=self.algorithm.tables,
+            folder=self._folder,
         )
         self.algorithm.begin(memory)
         return ServerState(0, model.clone(), memory)
@@ -122,9 +134,18 @@ class Server:
         """What the clients of the coming round are sent."""
         return Broadcast(version=state.version, model=state.model, extras=self.algorithm.extras(state.memory))
 
-    def step(self, state: ServerState, replies: Sequence[Reply]) -> tuple[ServerState, Broadcast]:
-        """Ends a round: the state after it, and what the clients of the next one are sent."""
-        counted = self._counted(state, replies)
+    def step(
+        self, state: ServerState, replies: Sequence[Reply], exchange: Exchange = HERE
+    ) -> tuple[ServerState, Broadcast]:
+        """Ends a round: the state after it, and what the clients of the next one are sent.
+
+        Args:
+            state: Before it.
+            replies: In any order, unless some are with other ranks: then by client.
+            exchange: Who has the tensors of those that are without, see `Exchange`.
+        """
+        state.memory.version = state.version
+        counted = self._counted(state, replies, exchange)
         participated = torch.zeros(state.memory.num_clients, dtype=torch.bool)
         participated[[reply.client for reply in counted]] = True
         model = state.model
@@ -132,25 +153,38 @@ class Server:
         if 0 < len(weighing) < self.algorithm.fewest_replies:
             state.refused["too few replies"] += len(weighing)
         elif weighing:
-            weights = list(self.algorithm.weights(state.memory, weighing))
-            head = self.algorithm.advance(state.memory, model[: self.num_trained], weighing, weights)
-            model = torch.cat([head, self._mean_behind(model, weighing)])
+            model = self._next_model(state, weighing, exchange)
         self.algorithm.tick(state.memory, participated)
         state = ServerState(state.version + 1, model, state.memory, state.refused)
         return state, self.broadcast(state)
 
-    def _mean_behind(self, model: Tensor, replies: Sequence[Reply]) -> Tensor:
-        behind = model[self.num_trained :]
-        if not behind.numel():
-            return behind
-        total = sum(reply.num_samples for reply in replies)
-        rows = [reply.delta[self.num_trained :] for reply in replies]
-        return behind + weighted_rows(rows, [reply.num_samples / total for reply in replies])
+    def _next_model(self, state: ServerState, replies: Sequence[Reply], exchange: Exchange) -> Tensor:
+        algorithm, memory = self.algorithm, state.memory
+        head, rest = state.model[: self.num_trained], state.model[self.num_trained :]
+        weights = list(algorithm.weights(memory, replies))
+        asked: Mapping[str, WeightedSum] = {}
+        if isinstance(algorithm, LinearAlgorithm):
+            asked = algorithm.sums(replies, weights)
+        else:
+            replies, exchange = exchange.complete(replies), HERE
+        if rest.numel():
+            total = sum(reply.num_samples for reply in replies)
+            asked = {**asked, REST: WeightedSum(REST, [reply.num_samples / total for reply in replies])}
+        sums = exchange.sums(asked, replies, {**dict.fromkeys(asked, head), REST: rest})
+        if isinstance(algorithm, LinearAlgorithm):
+            head = algorithm.move(memory, head, sums)
+        else:
+            head = algorithm.advance(memory, head, replies, weights)
+        if rest.numel():
+            rest = torch.lerp(rest, sums[REST], algorithm.trust_in_rest(weights))
+        return torch.cat([head, rest])
 
-    def _counted(self, state: ServerState, replies: Sequence[Reply]) -> list[Reply]:
+    def _counted(self, state: ServerState, replies: Sequence[Reply], exchange: Exchange) -> list[Reply]:
+        reasons = exchange.reasons(replies, lambda reply: self._why_not(state, reply))
+        told = zip(replies, reasons, strict=True)
         counted: dict[int, Reply] = {}
-        for reply in sorted(replies, key=lambda reply: (reply.client, -reply.version)):
-            if (reason := self._why_not(state, reply)) is None and reply.client in counted:
+        for reply, reason in sorted(told, key=lambda each: (each[0].client, -each[0].version)):
+            if reason is None and reply.client in counted:
                 reason = "duplicate"
             if reason is None:
                 counted[reply.client] = reply
@@ -165,7 +199,9 @@ class Server:
             return "late" if reply.version < state.version else "another version"
         if reply.num_samples < 0 or reply.num_steps < (reply.num_samples > 0):
             return "numbers"
-        expected = {DELTA: len(state.model), **dict.fromkeys(self.algorithm.sends, self.num_trained)}
+        expected = dict.fromkeys((DELTA, *self.algorithm.sends), self.num_trained)
+        if rest := len(state.model) - self.num_trained:
+            expected[REST] = rest
         if {name: t.numel() for name, t in reply.tensors.items()} != expected:
             return "shape"
         if any(t.dim() != 1 for t in reply.tensors.values()):

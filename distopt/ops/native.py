@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distopt.errors import ConfigError
+from distopt.errors import ConfigError, in_a_line
 from distopt.ops import schemas
 
 VARIABLE = "DISTOPT_CPU_CAPABILITY"
@@ -121,7 +121,7 @@ def _load(library: Path | None, kind: str) -> str | None:
     try:
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
-        return f"{library.name} does not load ({str(error).splitlines()[0]})"
+        return f"{library.name} does not load ({in_a_line(error)})"
     return None
 
 

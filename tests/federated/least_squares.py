@@ -72,6 +72,7 @@ class Job:
             batches_of(client, self.num_steps),
             client=client,
             num_samples=self.num_samples[client],
+            samples=lambda: batches_of(client, self.num_steps),
         )
         return reply
 

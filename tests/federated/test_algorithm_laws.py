@@ -16,10 +16,13 @@ from torch import nn
 from distopt.errors import ConfigError, StateMismatchError
 from distopt.federated import (
     MIFA,
+    AsyncFedAvg,
     Client,
     FedAU,
     FedAvg,
+    FedBuff,
     FederatedAlgorithm,
+    FedFix,
     FedProx,
     FedSpeed,
     Layout,
@@ -32,11 +35,12 @@ from distopt.federated import (
     ServerMomentum,
     ServerYogi,
 )
-from distopt.federated.messages import DELTA
+from distopt.federated.messages import DELTA, REST
 
 REGISTERED = {name: made for name, made in FederatedAlgorithm._known.items() if issubclass(made, FederatedAlgorithm)}
 ARGUMENTS = {  # of those that have no default, or need many replies
     "known-participation": {"probability": 0.5},
+    "fedfix": {"interval_s": 1.0},
     **{key: {"num_byzantine": 0} for key in ("trimmed-mean", "median", "krum", "multi-krum", "bulyan")},
 }
 OPTIONS = {
@@ -51,6 +55,10 @@ OPTIONS = {
     "fedau with adam": FedAU(server_optimizer=ServerAdam()),
     "fedspeed simulator": FedSpeed(server="public-simulator", alpha=0.5),
     "mifa with momentum": MIFA(server_optimizer=ServerMomentum()),
+    "fedfix of known times": FedFix(interval_s=0.5, times_s=2.0, server_optimizer=ServerMomentum()),
+    "fedfix of samples": FedFix(interval_s=1.0, weighting="samples", max_staleness=3),
+    "async fedavg of known times": AsyncFedAvg(times_s=0.4),
+    "fedbuff of participation": FedBuff(buffer_size=3, correction="participation", cutoff=20),
     "scaffold with momentum": Scaffold(server_optimizer=ServerMomentum()),
 }
 MADE = {name: made(**ARGUMENTS.get(name, {})) for name, made in REGISTERED.items()} | OPTIONS
@@ -66,7 +74,7 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=
 
 def reply_of(algorithm, client, version, *, num_trained=NUM_TRAINED, num_behind=NUM_BEHIND, **changes):
     random = torch.Generator().manual_seed(1000 * version + client)
-    names = {DELTA: num_trained + num_behind, **dict.fromkeys(algorithm.sends, num_trained)}
+    names = {**dict.fromkeys((DELTA, *algorithm.sends), num_trained), REST: num_behind}
     fields = {
         "client": client,
         "version": version,
@@ -190,10 +198,14 @@ def test_strided_tensors_count_as_contiguous_ones_do(algorithm):
 def test_elements_behind_the_trained_ones_become_the_mean_weighted_by_samples(algorithm):
     server, state = begun(algorithm)
     replies = good(algorithm)(state)
+    state.memory.version = state.version
+    trust = algorithm.trust_in_rest(algorithm.weights(state.memory, replies))
     ended, _ = server.step(state, replies)
     total = sum(reply.num_samples for reply in replies)
-    mean = sum(reply.num_samples / total * reply.delta[NUM_TRAINED:].double() for reply in replies)
-    torch.testing.assert_close(ended.model[NUM_TRAINED:].double(), state.model[NUM_TRAINED:].double() + mean)
+    mean = sum(reply.num_samples / total * reply.tensors[REST].double() for reply in replies)
+    before = state.model[NUM_TRAINED:].double()
+    torch.testing.assert_close(ended.model[NUM_TRAINED:].double(), before + trust * (mean - before))
+    assert trust == 1 or algorithm.accepts(0, 1)
 
 
 # -- replies that do not count -----------------------------------------------------------------------------------------
@@ -203,7 +215,7 @@ def test_elements_behind_the_trained_ones_become_the_mean_weighted_by_samples(al
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_reply_that_is_not_finite_is_refused_and_is_no_participation(algorithm, value):
     expected, _, took_part = after(algorithm, good(algorithm))
-    for name in (DELTA, *algorithm.sends):
+    for name in (DELTA, REST, *algorithm.sends):
 
         def spoil(reply, name=name):
             tensor = reply.tensors[name].clone()
@@ -220,6 +232,7 @@ BREAKS = {
     "too long": ("shape", lambda r: with_tensor(r, DELTA, torch.cat([r.delta, r.delta[:1]]))),
     "not flat": ("shape", lambda r: with_tensor(r, DELTA, r.delta.reshape(1, -1))),
     "empty": ("shape", lambda r: with_tensor(r, DELTA, r.delta[:0])),
+    "no rest": ("shape", lambda r: changed(r, tensors={k: t for k, t in r.tensors.items() if k != REST})),
     "another tensor": ("shape", lambda r: with_tensor(r, "surprise", r.delta)),
     "no tensor": ("shape", lambda r: changed(r, tensors={})),
     "float64": ("dtype", lambda r: with_tensor(r, DELTA, r.delta.double())),
@@ -375,7 +388,8 @@ def test_functions_of_many_clients_are_those_of_each(algorithm):
         return gradient
 
     together = algorithm.direction(gradient_of(slice(None)), moved, kept, extras)
-    local = LocalRound(moved=moved, num_steps=steps, lr=0.1, kept=kept, extras=extras)
+    made = {"lr": 0.1, "extras": extras}
+    local = LocalRound(moved=moved, num_steps=steps, kept=kept, squared_gradients=lambda: scale**2, **made)
     keeps, sends = algorithm.finish(local)
     assert set(keeps) == set(algorithm.kept)
     assert set(sends) == {DELTA, *algorithm.sends}
@@ -384,7 +398,13 @@ def test_functions_of_many_clients_are_those_of_each(algorithm):
         own = {name: tensor[i] for name, tensor in kept.items()}
         alone = algorithm.direction(gradient_of(i), moved[i], own, extras)
         torch.testing.assert_close(alone, together[i], rtol=1e-12, atol=1e-12)
-        single = LocalRound(moved=moved[i], num_steps=int(steps[i]), lr=0.1, kept=own, extras=extras)
+        single = LocalRound(
+            moved=moved[i],
+            num_steps=int(steps[i]),
+            kept=own,
+            squared_gradients=lambda of_one=scale[i]: of_one**2,
+            **made,
+        )
         for found, expected in zip(algorithm.finish(single), (keeps, sends), strict=True):
             for name, tensor in found.items():
                 torch.testing.assert_close(tensor, expected[name][i], rtol=1e-12, atol=1e-12)
@@ -423,7 +443,14 @@ def trained_together(algorithm, exclude=()):
         for number in range(3):
             batches = [(torch.randn(4, 3), torch.randn(4, 3)) for _ in range(2)]
             kept[number], reply = client.step(
-                model, layout, kept.get(number, {}), broadcast, batches, client=number, num_samples=8
+                model,
+                layout,
+                kept.get(number, {}),
+                broadcast,
+                batches,
+                client=number,
+                num_samples=8,
+                samples=lambda batches=batches: batches,
             )
             replies.append(reply)
         state, broadcast = server.step(state, replies)
@@ -439,7 +466,7 @@ def test_integer_buffers_are_never_averaged_and_tied_parameters_are_once(algorit
     assert int(model.norm.num_batches_tracked) >= 3 * 3 * 2  # this one object counted all local steps, and kept it
     assert not any("num_batches_tracked" in name for name in layout.names)
     assert sum("weight" in name for name in layout.names) == 2  # first's and norm's; last's is first's
-    assert len(state.model) == layout.num_elements == 9 + 3 + 3 + 3 + 3 + 3 + 3 + 3
+    assert len(state.model) == layout.num_elements == 9 + 3 + 3 + 3 + 3 + 3 + 3
     assert model.last.weight is model.first.weight
     assert torch.equal(layout.read(model), state.model)
     assert torch.equal(model.scale, torch.ones(3))  # frozen
@@ -450,7 +477,7 @@ def test_integer_buffers_are_never_averaged_and_tied_parameters_are_once(algorit
 def test_excluded_batch_norm_stays_with_its_holder(algorithm):
     model, layout, state = trained_together(algorithm, exclude=["batch-norm"])
     assert not any(name.startswith("norm") for name in layout.names)
-    assert len(state.model) == 9 + 3 + 3 + 3
+    assert len(state.model) == 9 + 3 + 3
     running_mean = model.norm.running_mean.clone()
     layout.write(model, torch.zeros_like(state.model))
     assert torch.equal(model.norm.running_mean, running_mean)
@@ -484,6 +511,18 @@ def test_bad_keys_and_names_are_errors():
         FederatedAlgorithm.from_dict({"algorithm": "known-participation"})
     with pytest.raises(ConfigError, match=r"alpha must be a number in \(0, 1e6\], got 0; "):
         FederatedAlgorithm.from_dict({"algorithm": "feddyn", "alpha": 0})
+
+
+@pytest.mark.parametrize("made", [AsyncFedAvg, FedFix])
+def test_known_times_are_one_for_each_client(made):
+    listed = made(times_s=(0.5, 0.25), **ARGUMENTS.get(made.name, {}))
+    server = Server(listed, NUM_TRAINED)
+    with pytest.raises(ConfigError, match="one per client, 3, got 2; "):
+        server.begin(torch.zeros(NUM_TRAINED), 3)
+    state = server.begin(torch.zeros(NUM_TRAINED), 2)
+    with pytest.raises(ConfigError, match="one number or left out where clients join, got 2; "):
+        server.add_clients(state, 1)
+    assert state.memory.num_clients == 2
 
 
 def test_known_probabilities_are_one_for_each_client():

@@ -5,7 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from least_squares import FULL, LR, NUM_CLIENTS, NUM_SAMPLES, NUM_STEPS, NUM_VALUES, PARTIAL, START, Job, gradient
+from least_squares import (
+    FULL,
+    INPUTS,
+    LR,
+    NUM_CLIENTS,
+    NUM_SAMPLES,
+    NUM_STEPS,
+    NUM_VALUES,
+    PARTIAL,
+    START,
+    TARGETS,
+    Job,
+    gradient,
+)
 
 from distopt.federated import (
     MIFA,
@@ -18,6 +31,7 @@ from distopt.federated import (
     FedProx,
     FedSpeed,
     FedVarp,
+    FisherAveraging,
     KnownParticipation,
     PlainStep,
     Reply,
@@ -41,6 +55,32 @@ def local(i, x, direction=lambda g, y: g(y), num_steps=NUM_STEPS):
     for k in range(num_steps[i]):
         y = y - LR * direction(lambda z, k=k: gradient(i, k, z), y)
     return y
+
+
+def fisher(i, y):
+    """The mean squared gradient of the client's samples, one by one."""
+    squares = [
+        (2 * inputs * (inputs @ y - target)) ** 2
+        for k in range(NUM_STEPS[i])
+        for inputs, target in zip(INPUTS[i, k], TARGETS[i, k], strict=True)
+    ]
+    return np.mean(squares, axis=0)
+
+
+def fisher_averaging(floor):
+    def models(rounds):
+        x = START.copy()
+        for clients in rounds:
+            ys = [local(i, x) for i in clients]
+            lam = [
+                share * np.maximum(fisher(i, y), floor)
+                for share, i, y in zip(shares(clients), clients, ys, strict=True)
+            ]
+            if clients:
+                x = sum(each * y for each, y in zip(lam, ys, strict=True)) / sum(lam)
+            yield x
+
+    return models
 
 
 def zeros():
@@ -249,6 +289,8 @@ PAIRS = {
     "average all": (AverageAll(server_lr=2.0), averaging(lambda s: [2 / N] * len(s))),
     "fedvarp": (FedVarp(), fedvarp),
     "mifa": (MIFA(), mifa),
+    "fisher": (FisherAveraging(), fisher_averaging(1e-6)),
+    "fisher with a high floor": (FisherAveraging(floor=20.0), fisher_averaging(20.0)),
 }
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distopt.errors import ConfigError
-from distopt.federated import diagonal_fisher, fisher_average, uniform_weights, weighted_sum
-from distopt.federated.averaging import _CPU_BLOCK_NUMEL as BLOCK
+from distopt.federated import diagonal_fisher, fisher_average, uniform_weights
+from distopt.federated.rows import _CPU_BLOCK_NUMEL as BLOCK
+from distopt.federated.rows import weighted_rows
 
 
 def drawn(*shape, seed=0, dtype=torch.float64):
@@ -42,7 +43,7 @@ def test_equal_information_gives_the_weighted_average(length):
     thetas = drawn(3, length)
     fishers = drawn(length, seed=1).square().expand(3, -1)
     found = fisher_average(thetas, fishers, [0.5, 0.25, 0.25])
-    torch.testing.assert_close(found, weighted_sum(thetas, [0.5, 0.25, 0.25]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, weighted_rows(list(thetas), [0.5, 0.25, 0.25]), rtol=1e-12, atol=1e-12)
 
 
 def test_where_nobody_knows_it_is_the_average_and_where_one_does_it_is_that_one():

@@ -12,13 +12,14 @@ def small():
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1, bias=False))
 
 
-def test_trained_elements_come_first_then_frozen_ones_and_buffers():
+def test_trained_elements_come_first_then_buffers_and_frozen_ones_stay():
     model = small()
     model[0].weight.requires_grad_(False)
     layout = Layout(model)
     assert layout.trained_names == ("0.bias", "1.weight", "1.bias", "2.weight")
-    assert layout.names == (*layout.trained_names, "0.weight", "1.running_mean", "1.running_var")
-    assert (layout.num_trained, layout.num_elements) == (12, 24)
+    assert layout.names == (*layout.trained_names, "1.running_mean", "1.running_var")
+    assert set(layout.others(model)) == {"0.weight", "1.num_batches_tracked"}
+    assert (layout.num_trained, layout.num_elements) == (12, 18)
     assert layout.dtype is torch.float32
     parts = [dict(model.state_dict())[name].reshape(-1) for name in layout.names]
     assert torch.equal(layout.read(model), torch.cat(parts))
@@ -101,6 +102,9 @@ def test_errors_say_what_to_do():
         Layout(small(), "batch-norm")
     with pytest.raises(ConfigError, match="got 'batch-norm'"):
         Layout(nn.Linear(2, 2), ["batch-norm"])
+    frozen = small()
+    frozen[2].half().requires_grad_(False)
+    assert Layout(frozen).dtype is torch.float32  # a frozen part may have another dtype
     with pytest.raises(CompatibilityError, match="exclude less"):
         Layout(small(), ["*"])
     mixed = small()

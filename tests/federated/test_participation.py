@@ -322,6 +322,8 @@ def test_clients_that_cannot_join_change_nothing(name, given, message):
 def test_a_model_that_does_not_fit_the_number_of_clients():
     with pytest.raises(ConfigError, match="probability must be one number or one per client, 3, got 40; give one for"):
         Bernoulli(probability=PROBABILITIES).begin(3)
+    with pytest.raises(ConfigError, match=r"fraction must be left out beside count=2, got 0\.5; give one of them"):
+        UniformSampling(fraction=0.5, count=2)
     with pytest.raises(ConfigError, match="count must be at most the number of clients, 3, got 7; use a fraction"):
         UniformSampling(count=7).begin(3)
 

@@ -78,16 +78,22 @@ def test_of_two_versions_of_a_client_the_newer_counts_whatever_came_first():
 def test_models_of_16_bit_are_averaged():
     server = Server(FedAvg(), 2)
     state = server.begin(torch.ones(3, dtype=torch.bfloat16), 2)
-    replies = [reply(i, 0, 0, tensors={"delta": torch.full((3,), 0.5 + i, dtype=torch.bfloat16)}) for i in range(2)]
+    values = [torch.full((2,), 0.5 + i, dtype=torch.bfloat16) for i in range(2)]
+    replies = [reply(i, 0, 0, tensors={"delta": value, "rest": value[:1]}) for i, value in enumerate(values)]
     state, _ = server.step(state, replies)
-    assert torch.equal(state.model, torch.full((3,), 2.0, dtype=torch.bfloat16))
+    assert state.model.dtype == torch.bfloat16
+    assert state.model.tolist() == [2.0, 2.0, 1.0]
 
 
 def test_models_that_are_all_head_or_have_a_tail():
     server, state = begun(FedAU())
     doubled = FedAvg(server_lr=2.0)
     with_tail = Server(doubled, 2).begin(torch.zeros(3), 4)
-    ended, _ = Server(doubled, 2).step(with_tail, [reply(0, 0, 1.0), reply(1, 0, 3.0, num_samples=3)])
+    replies = [
+        reply(i, 0, 0, num_samples=1 + 2 * i, tensors={"delta": torch.full((2,), value), "rest": torch.tensor([value])})
+        for i, value in enumerate((1.0, 3.0))
+    ]
+    ended, _ = Server(doubled, 2).step(with_tail, replies)
     assert ended.model.tolist() == [5.0, 5.0, 2.5]  # the tail is the mean, whatever the step
     state, _ = server.step(state, [reply(0, 0, 1.0)])
     assert state.model.tolist() == [0.25] * 3
@@ -115,13 +121,13 @@ def test_the_servers_model_is_its_own():
 # -- client ------------------------------------------------------------------------------------------------------------
 
 
-def step(algorithm, *, optimizer=None, max_norm=None, batches=None, kept=None, model=None, loss=mean_squared_error):
+def step(algorithm, *, optimizer=None, batches=None, kept=None, model=None, loss=mean_squared_error, **changed):
     model = model or linear()
     layout = Layout(model)
     server = Server(algorithm, layout.num_trained)
     sent = server.broadcast(server.begin(layout.read(model), NUM_CLIENTS))
     optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=LR))
-    client = Client(algorithm=algorithm, loss=loss, optimizer=optimizer, max_norm=max_norm)
+    client = Client(algorithm=algorithm, loss=loss, optimizer=optimizer, **changed)
     batches = batches_of(1, (0, 3)) if batches is None else batches
     return client.step(model, layout, kept or {}, sent, batches, client=1, num_samples=30)
 
@@ -206,6 +212,18 @@ def test_a_round_that_is_not_finite_is_refused_and_forgotten(name):
     assert np.isfinite(job.round((1,))).all()
 
 
+@pytest.mark.parametrize("algorithm", [FedAvg(), FedSpeed(rho=0.4, alpha=0.7)])
+def test_weight_decay_is_of_the_objective(algorithm):
+    def decayed(model, batch):
+        return mean_squared_error(model, batch) + 0.05 * sum(p.square().sum() for p in model.parameters())
+
+    batches = batches_of(1, (0, 3))
+    found = step(algorithm, batches=batches, weight_decay=0.1)[1]
+    expected = step(algorithm, batches=batches, loss=decayed)[1]
+    torch.testing.assert_close(found.delta, expected.delta, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found.delta, step(algorithm, batches=batches)[1].delta)
+
+
 class WithSpare(nn.Module):
     """One layer that the loss does not use, and one that is frozen."""
 
@@ -222,7 +240,10 @@ class WithSpare(nn.Module):
 def test_unused_and_frozen_parameters_stay():
     model = WithSpare()
     layout = Layout(model)
+    before = model.frozen.weight.clone()
     _, sent = step(FedSpeed(), model=model)
+    assert set(sent.tensors) == {"delta"}
+    assert torch.equal(model.frozen.weight, before)
     moved = layout.split(sent.delta)
     assert moved["used.weight"].all()
     assert not any(moved[name].any() for name in moved if name != "used.weight")

@@ -33,6 +33,8 @@ print(f"rank {rank} went on", flush=True)
 """
 MPI_VICTIM = """
 import os, signal, sys, time
+import mpi4py
+mpi4py.rc.finalize = False  # which may wait for the dead rank for ever, see distopt.comm.mpi_runtime
 from mpi4py import MPI
 rank = MPI.COMM_WORLD.Get_rank()
 MPI.COMM_WORLD.Barrier()

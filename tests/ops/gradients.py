@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distopt.cli.datasets import load
-from distopt.cli.models import mlp
+from distopt.cli.models import MLP
 
 
 @cache
@@ -14,7 +14,7 @@ def recorded(steps: int = 20, seed: int = 0) -> tuple[list[list[Tensor]], list[i
     """Per step the flat gradient of each parameter, and the parameters' sizes."""
     torch.manual_seed(seed)
     data = load("digits")
-    model = mlp(data.shape, data.num_classes)
+    model = MLP().build(data.shape, data.num_classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = []
     for step in range(steps):

@@ -20,6 +20,8 @@ from distopt.federated.participation.base import (
 from distopt.federated.process_state import check_saved
 from distopt.federated.randomness import check_seed, generator, generator_state, load_generator_state
 
+_TENTH = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class UniformSampling(Participation, name="uniform"):
@@ -29,11 +31,17 @@ class UniformSampling(Participation, name="uniform"):
         ConfigError: A value breaks its rule.
     """
 
-    fraction: float = 0.1  # of the clients, to the nearest number and at least one: more make a round dearer
-    count: int | None = None  # of the clients, in place of the fraction
+    fraction: float | None = None  # of the clients, to the nearest number and at least one: more make a round dearer
+    count: int | None = None  # of the clients; where neither is given, a tenth of them take part
 
     def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, rule="a number in (0, 1]", remedy="use 0.1 for 10%", low=0.0, high=1.0)
+        if self.fraction is not None:
+            rule, remedy = "a number in (0, 1]", "use 0.1 for 10%"
+            check_number("fraction", self.fraction, rule=rule, remedy=remedy, low=0.0, high=1.0)
+            if self.count is not None:
+                raise ConfigError(
+                    f"fraction must be left out beside count={self.count}, got {self.fraction}; give one of them"
+                )
         if self.count is not None:
             check_count("count", self.count, low=1, remedy="give the number of clients per round, or use fraction")
 
@@ -44,7 +52,7 @@ class UniformSampling(Participation, name="uniform"):
             ConfigError: `count` is more than there are.
         """
         if self.count is None:
-            return max(1, round(self.fraction * num_clients))
+            return max(1, round((_TENTH if self.fraction is None else self.fraction) * num_clients))
         if self.count > num_clients:
             raise ConfigError(
                 f"count must be at most the number of clients, {num_clients}, got {self.count}; use a fraction"

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from distopt.config import check_count
 from distopt.errors import ConfigError
-from distopt.federated.averaging import uniform_weights, weighted_sum
 from distopt.federated.robust.distances import squared_distances
-from distopt.federated.rows import Ids, Rows, as_rows, client_order
+from distopt.federated.rows import Ids, Rows, as_rows, client_order, weighted_rows
 
 
 @torch.no_grad()
@@ -67,9 +66,7 @@ def multi_krum(deltas: Rows, num_byzantine: int, num_selected: int, ids: Ids = N
         )
     places = client_order(ids, len(rows))
     selected = set(order[:num_selected])
-    mean = weighted_sum([rows[i] for i in places if i in selected], uniform_weights(num_selected))
-    assert mean is not None
-    return mean
+    return weighted_rows([rows[i] for i in places if i in selected], [1.0 / num_selected] * num_selected)
 
 
 @torch.no_grad()
