@@ -56,14 +56,12 @@ def squared_gradients(
     whole = LossModule(model, loss)
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     point = {names[id(parameter)]: parameter.detach() for parameter in parameters}
-    of_each = vmap(
-        grad(lambda at, sample: functional_call(whole, at, (tuple(part[None] for part in sample),))), in_dims=(None, 0)
-    )
+    of_each = vmap(grad(lambda at, sample: functional_call(whole, at, (sample,))), in_dims=(None, 0))
     total, count, mode = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64), 0, model.training
     model.eval()
     try:
         for batch in batches:
-            gradients = of_each(point, batch)
+            gradients = of_each(point, tuple(part.unsqueeze(1) for part in batch))  # each a batch of one
             total += torch.cat([gradients[name].double().square().sum(0).reshape(-1) for name in point])
             count += len(batch[0])
     finally:
