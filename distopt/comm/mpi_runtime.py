@@ -52,7 +52,8 @@ def load_mpi() -> ModuleType:
             f"MPI was started with thread level {MPI.Query_thread()}, and MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}) "
             "is needed, because messages have a thread of their own; leave mpi4py.rc.thread_level as it is"
         )
-    return MPI
+    runtime: ModuleType = MPI  # of no known type where mpi4py is missing
+    return runtime
 
 
 class Deaths:
