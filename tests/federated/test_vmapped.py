@@ -58,8 +58,8 @@ def simulation(mode, *, model=normed, inputs=INPUTS, rounds=0, **changed):
 def state(job):
     """All floating-point and integer values of a job."""
     kept = [table.get(client) for table in job._trainer.kept.values() for client in range(len(SIZES))]
-    memory = job._server.begin(job._state.model, len(SIZES)).memory.vectors  # their names
-    return [*job.model.state_dict().values(), *kept, *(job._state.memory.vectors[name] for name in memory)]
+    memory = job._rounds.server.begin(job._rounds.state.model, len(SIZES)).memory.vectors  # their names
+    return [*job.model.state_dict().values(), *kept, *(job._rounds.state.memory.vectors[name] for name in memory)]
 
 
 def both(rounds=3, **changed):
