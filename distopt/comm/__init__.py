@@ -1,6 +1,7 @@
 """Who gets it: collectives on fixed-size tensors, messages between roles, groups of ranks; nothing is unpickled."""
 
 from distopt.comm.abandon import end_when_stuck, leak_process_groups
+from distopt.comm.address import Address, parse_address
 from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
@@ -15,12 +16,16 @@ from distopt.comm.mpi import MPITransport
 from distopt.comm.mpi_runtime import load_mpi
 from distopt.comm.nodes import Nodes, Place, find_nodes
 from distopt.comm.rollcall import open_heartbeat
+from distopt.comm.sealed import Sealed
+from distopt.comm.secret import agree_on_secret, read_secret
 from distopt.comm.serial import SerialWorker
 from distopt.comm.shutdown import await_at_exit, end_quietly
 from distopt.comm.stopwatch import least_seconds
-from distopt.comm.transport import Transport
+from distopt.comm.tcp import TCPPeer, TCPServer
+from distopt.comm.transport import ReturningTransport, Transport
 
 __all__ = [
+    "Address",
     "Channels",
     "GlooTransport",
     "Heartbeat",
@@ -33,9 +38,14 @@ __all__ = [
     "Message",
     "Nodes",
     "Place",
+    "ReturningTransport",
+    "Sealed",
     "SerialWorker",
+    "TCPPeer",
+    "TCPServer",
     "TensorSpec",
     "Transport",
+    "agree_on_secret",
     "all_gather",
     "all_reduce_sum",
     "all_to_all",
@@ -53,6 +63,8 @@ __all__ = [
     "measure_link",
     "open_channels",
     "open_heartbeat",
+    "parse_address",
     "raise_together",
+    "read_secret",
     "reduce_to_first",
 ]

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.comm.frame import check_frame
 from distopt.comm.mpi_runtime import Deaths, load_mpi
 from distopt.config import check_count
 from distopt.errors import ConfigError, DistoptError
@@ -124,16 +125,7 @@ class MPITransport:
         self._check()
         if destination != self.rank and destination not in self._peers:
             raise ConfigError(f"destination must be one of the peers {sorted(self._peers)}, got {destination}")
-        if frame.dtype != torch.uint8 or frame.dim() != 1 or frame.device.type != "cpu" or not frame.is_contiguous():
-            raise ConfigError(
-                f"a frame must be a 1-D contiguous uint8 CPU tensor, got {frame.dtype} of shape {tuple(frame.shape)} "
-                f"on {frame.device}; encode the message first"
-            )
-        if not 1 <= frame.numel() <= self.max_frame_bytes:
-            raise ConfigError(
-                f"a frame may have 1 to {self.max_frame_bytes} bytes, got {frame.numel()}; give max_frame_bytes when "
-                "the transport is made"
-            )
+        check_frame(frame, min_bytes=1, max_bytes=self.max_frame_bytes)
         if self._closed:
             return
         if destination == self.rank:

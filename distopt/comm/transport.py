@@ -1,10 +1,11 @@
 """What roles (master and worker, server and client) talk through: frames of bytes from any rank to any other.
 
 A transport only carries. Who may speak, what a frame means, how many may be on their way and when to give up is for
-the roles. Implementations: `InProcess` (queues, for tests and simulation), `GlooTransport`, `MPITransport`.
+the roles. Implementations: `InProcess` (queues, for tests and simulation), `GlooTransport`, `MPITransport`, and
+`TCPServer` with `TCPPeer`, where peers come and go; `Sealed` authenticates what another transport carries.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Transport(Protocol):
 
     @property
     def lost(self) -> frozenset[int]:
-        """Ranks whose connection is known to be gone; they do not come back."""
+        """Ranks whose connection is known to be gone; they come back in a `ReturningTransport` only."""
 
     def send(self, destination: int, frame: Tensor) -> None:
         """Queues a frame and returns at once. The frame must not be changed any more; to a lost rank it is dropped.
@@ -49,3 +50,16 @@ class Transport(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Lets the others take what is queued, for at most `timeout_s`, and ends. May be called twice."""
+
+
+@runtime_checkable
+class ReturningTransport(Transport, Protocol):
+    """A transport whose ranks may come back after they were lost, as the same process or as another.
+
+    What was on its way when a connection ended is gone, in both directions, and what is sent until the next one is
+    dropped. A rank that is back is in `lost` no more; who may have been lost and be back again between two looks at
+    `lost` is told by `connections`, so a role that has to say something to every connection compares that.
+    """
+
+    def connections(self, rank: int) -> int:
+        """How often that rank has been connected: 0 until it comes, one more each time that it comes back."""
