@@ -26,6 +26,7 @@ _PREFIX = struct.Struct(
 _CRC = struct.Struct("<I")
 _ALIGNMENT = 64
 _MAX_DIMENSIONS = 8
+_MAX_VALUES = 2**59  # so that bytes fit 63 bits
 DTYPES = (  # of the tensors in a message
     torch.uint8,
     torch.int32,
@@ -147,6 +148,8 @@ def _unpack(header: bytes, num_tensors: int, num_numbers: int) -> tuple[list[Ten
         code, dimensions = struct.unpack_from("<BB", header, at)
         shape = struct.unpack_from(f"<{dimensions}q", header, at + 2)
         if dimensions > _MAX_DIMENSIONS or min(shape, default=0) < 0:
+            raise IndexError(f"shape {shape}")
+        if math.prod(max(size, 1) for size in shape) > _MAX_VALUES:  # torch cannot make it, though it may be empty
             raise IndexError(f"shape {shape}")
         specs.append(TensorSpec(shape, DTYPES[code]))
         at += 2 + 8 * dimensions

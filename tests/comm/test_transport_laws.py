@@ -65,8 +65,7 @@ def test_any_thread_may_send_and_receive(kind):
         found = []
 
         def receive_half():
-            for _ in range(threads * each // 2):
-                found.append(receive(ends[0])[1].tolist())
+            found.extend(receive(ends[0])[1].tolist() for _ in range(threads * each // 2))
 
         workers = [threading.Thread(target=send_from, args=(thread,)) for thread in range(threads)]
         workers += [threading.Thread(target=receive_half) for _ in range(2)]

@@ -162,9 +162,7 @@ def ask(connection: socket.socket, deadline: Deadline, *, rank: int, size: int, 
     if not _is_sealed(secret, "answer", hello, said) or (verdict == Verdict.COME and its_rank != rank):
         raise NotYetError(_hint(verdict, version))
     if verdict == Verdict.WRONG_SIZE:
-        raise ConfigError(
-            f"the server has a job of size {its_size}, this rank {rank} one of {size}; give both the same"
-        )
+        raise ConfigError(f"the server has a job of size {its_size}, rank {rank} one of {size}; give both the same")
     if verdict == Verdict.WRONG_RANK:
         raise ConfigError(f"a peer's rank must be from 1 to {its_size - 1}, got {rank}; rank 0 is the server")
     if verdict != Verdict.COME:

@@ -14,8 +14,7 @@ def tcp(size, secret=None, max_frame_bytes=LARGE + 64, **options):
     server = TCPServer("127.0.0.1:0", size=size, max_frame_bytes=max_frame_bytes, secret=secret, **options)
     ends = [server]
     try:
-        for rank in range(1, size):
-            ends.append(peer_of(server, rank, secret=secret, **options))
+        ends.extend(peer_of(server, rank, secret=secret, **options) for rank in range(1, size))
     except BaseException:
         close(ends)
         raise
@@ -35,10 +34,8 @@ def close(ends, timeout_s=5.0):
 @contextlib.contextmanager
 def star(kind, size):
     """The ends in rank order, closed in the end."""
-    if "tcp" in kind:
-        ends = tcp(size, SECRET if "secret" in kind else None)
-    else:
-        ends = InProcess.connect(size)
+    secret = SECRET if "secret" in kind else None
+    ends = tcp(size, secret) if "tcp" in kind else InProcess.connect(size)
     if kind.startswith("sealed"):
         ends = [Sealed(end, SECRET) for end in ends]
     try:
