@@ -35,6 +35,7 @@ from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.mifa import MIFA
+from distopt.federated.network import Attendance, Service, serve, take_part
 from distopt.federated.pacing import AfterArrivals, EveryInterval, Pacing, Synchronous
 from distopt.federated.participation import (
     Bernoulli,
@@ -91,6 +92,7 @@ __all__ = [
     "AfterArrivals",
     "Arrival",
     "AsyncFedAvg",
+    "Attendance",
     "AverageAll",
     "Bernoulli",
     "Broadcast",
@@ -149,6 +151,7 @@ __all__ = [
     "ServerOptimizer",
     "ServerState",
     "ServerYogi",
+    "Service",
     "ShardPartition",
     "Simulation",
     "SteppingServer",
@@ -181,7 +184,9 @@ __all__ = [
     "plot_histories",
     "polynomial_discount",
     "sample_weights",
+    "serve",
     "synchronous_weights",
+    "take_part",
     "trimmed_mean",
     "uniform_weights",
 ]

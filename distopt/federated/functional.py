@@ -24,6 +24,12 @@ def scalar(loss: Tensor) -> Tensor:
     return loss
 
 
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean over (inputs, labels)."""
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
 class LossModule(nn.Module):
     """`loss(model, batch)` as a module, so that `functional_call` can put other tensors into the model."""
 

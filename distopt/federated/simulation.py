@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from distopt.errors import ConfigError
 from distopt.federated.algorithm import FederatedAlgorithm
 from distopt.federated.data import ClientData
 from distopt.federated.delays import Delays
 from distopt.federated.execution import make_trainer
-from distopt.federated.functional import Loss
+from distopt.federated.functional import Loss, cross_entropy
 from distopt.federated.history import History
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
@@ -194,12 +194,6 @@ class Simulation:
             StateMismatchError: It belongs to another run, or is damaged.
         """
         return self._rounds.resume()
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """The mean over (inputs, labels)."""
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def settings_of(part: Participation | Delays | None) -> Mapping[str, Any] | None:

@@ -51,7 +51,19 @@ class UplinkCompression(Configurable, tag="uplink", name="top-k"):
 
     def kept(self, algorithm: FederatedAlgorithm) -> tuple[str, ...]:
         """Names of the vectors (d,) that each client keeps for this."""
-        return tuple(_UNSENT + name for name in _compressed(algorithm)) if self.error_feedback else ()
+        return tuple(_UNSENT + name for name in self.compressed(algorithm)) if self.error_feedback else ()
+
+    def compressed(self, algorithm: FederatedAlgorithm) -> tuple[str, ...]:
+        """Names of the vectors (d,) of a reply that travel compressed."""
+        return (DELTA, *(name for name in algorithm.sends if name not in algorithm.sends_whole))
+
+    def reply_bytes(self, algorithm: FederatedAlgorithm, reply: Reply) -> int:
+        """How many bytes such a reply is on the wire; 0 for one of no samples."""
+        if reply.num_samples == 0:
+            return 0
+        names = self.compressed(algorithm)
+        whole = sum(tensor.nbytes for name, tensor in reply.tensors.items() if name not in names)
+        return whole + sum(self.layout(reply.tensors[name].numel()).nbytes for name in names)
 
     def layout(self, numel: int) -> PayloadLayout:
         """Of the payload of a vector of so many entries."""
@@ -111,10 +123,8 @@ class UplinkCompression(Configurable, tag="uplink", name="top-k"):
         if reply.num_samples == 0:
             return replace(reply, wire_bytes=0), kept
         tensors, keeps = dict(reply.tensors), dict(kept)
-        names = _compressed(algorithm)
-        num_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name not in names)
-        num_bytes += sum(self.layout(tensors[name].numel()).nbytes for name in names)
-        for name in names:
+        num_bytes = self.reply_bytes(algorithm, reply)
+        for name in self.compressed(algorithm):
             vector = tensors[name] + kept[_UNSENT + name] if self.error_feedback else tensors[name]
             if not all_finite(vector):
                 return replace(reply, wire_bytes=num_bytes), kept
@@ -123,7 +133,3 @@ class UplinkCompression(Configurable, tag="uplink", name="top-k"):
             if self.error_feedback:
                 keeps[_UNSENT + name] = unsent
         return replace(reply, tensors=tensors, wire_bytes=num_bytes), keeps
-
-
-def _compressed(algorithm: FederatedAlgorithm) -> tuple[str, ...]:
-    return (DELTA, *(name for name in algorithm.sends if name not in algorithm.sends_whole))

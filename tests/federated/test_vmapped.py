@@ -24,8 +24,8 @@ from distopt.federated import (
 from distopt.federated.execution import fitness, recorded, vmapped
 from distopt.federated.execution.stacked_loss import StackedLoss
 from distopt.federated.execution.stacked_optimizer import ELEMENTWISE
+from distopt.federated.functional import cross_entropy
 from distopt.federated.layout import Layout
-from distopt.federated.simulation import cross_entropy
 
 SIZES = [30, 25, 0, 12, 30, 17, 24, 5, 30, 23]
 PARTS = [np.arange(30 * i, 30 * i + size) for i, size in enumerate(SIZES)]

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from distopt.comm.agreement import gather_json, raise_together
 from distopt.comm.collectives import all_gather, all_reduce_sum
 from distopt.comm.shutdown import end_quietly
-from distopt.errors import CompatibilityError, ConfigError, DistoptError, StateMismatchError
+from distopt.errors import ConfigError, DistoptError, StateMismatchError
 from distopt.federated.algorithm import WeightedSum
 from distopt.federated.exchange import WhyNot
+from distopt.federated.execution.averaged import check_all_averaged
 from distopt.federated.execution.trainer import Trainer
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.rows import weighted_rows
@@ -163,20 +163,10 @@ class ShardedTrainer(Trainer):
         assert group is not None
         if "gloo" not in dist.get_backend(group):
             raise ConfigError(f'mode "sharded" needs the backend "gloo", got {dist.get_backend(group)!r}; use that')
-        if apart := own_float_tensors(self):
-            raise CompatibilityError(
-                f"all float tensors must be averaged in mode 'sharded', got {apart[0]!r} that is not; leave it out of "
-                "exclude, or use mode='loop'"
-            )
+        check_all_averaged(self.model, self.layout, "mode 'sharded'")
         self.exchange: RankExchange = RankExchange(group)
         self._inner = inner(**settings)
         self.kept = self._inner.kept
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.momentum is None:
-                raise CompatibilityError(
-                    f"BatchNorm must have a momentum in mode 'sharded', got None in {name!r}, which counts the batches "
-                    "of one rank; give one, or use mode='loop'"
-                )
 
     @property
     def why_within(self) -> str:
@@ -232,11 +222,3 @@ def _problem(error: Exception) -> DistoptError:
     problem = DistoptError(f"{type(error).__name__}: {error}")
     problem.__cause__ = error
     return problem
-
-
-def own_float_tensors(trainer: Trainer) -> list[str]:
-    """Names of the model's float tensors that change and are not averaged; frozen parameters do not change."""
-    tensors = trainer.model.state_dict(keep_vars=True)
-    same = {id(tensor) for name, tensor in tensors.items() if name in trainer.layout.names}
-    same |= {id(p) for p in trainer.model.parameters() if not p.requires_grad}
-    return [n for n, t in tensors.items() if t.is_floating_point() and id(t) not in same]

@@ -1,0 +1,134 @@
+"""Which process of a job is what: rank 0 serves, every other rank is a site, or one of several that share a site.
+
+Under torchrun the ranks are those of torch.distributed, which is initialised here if the script has not done it; under
+mpirun those of MPI.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from distopt.comm import Transport, end_quietly, find_job
+from distopt.config import check_count
+from distopt.errors import CompatibilityError, ConfigError
+from distopt.federated.network.letters import SERVER
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Of this process.
+
+    Attributes:
+        rank: Its number in the job.
+        size: How many processes there are.
+        ranks_per_site: How many share a site.
+        open: From the length of the longest frame to the transport. Collective where the ranks are those of a launcher.
+        may_return: Whether who is lost may come back.
+        group: The ranks of this site, if it has several.
+    """
+
+    rank: int
+    size: int
+    ranks_per_site: int
+    open: Callable[[int], Transport]
+    may_return: bool = False
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this is the server."""
+        return self.rank == SERVER
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks with the server for its site."""
+        return (self.rank - 1) % self.ranks_per_site == 0
+
+    @property
+    def num_sites(self) -> int:
+        """How many sites the job has."""
+        return (self.size - 1) // self.ranks_per_site
+
+    @property
+    def site(self) -> int:
+        """Which of them this process is of."""
+        return (self.rank - 1) // self.ranks_per_site
+
+    @property
+    def leaders(self) -> list[int]:
+        """The ranks that the server speaks with."""
+        return list(range(1, self.size, self.ranks_per_site))
+
+
+def find_seat(transport: str | Transport = "auto", *, ranks_per_site: int = 1, wait_s: float = 60.0) -> Seat:
+    """The seat of this process in the job that a launcher started, or in that of an open transport.
+
+    Args:
+        transport: "gloo", "mpi", a transport that is open already, or "auto" for the one of the launcher.
+        ranks_per_site: More than one: these train each client's batches together; gloo only.
+        wait_s: How long the ranks may take to find each other.
+
+    Raises:
+        ConfigError: Nothing says what job this is, or its ranks cannot be shared out.
+        CompatibilityError: mpi4py is missing.
+    """
+    check_count("ranks_per_site", ranks_per_site, low=1, remedy="use 1 where each process is a site")
+    launched = all(name in os.environ for name in _LAUNCHED)
+    if transport in ("auto", "gloo") and launched and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=max(wait_s, 1.0)))
+        end_quietly()
+    job = find_job(transport)
+    if job.size < 2:
+        raise ConfigError(
+            f"a job must have a server and at least one site, got {job.size} process; start at least 2, or use "
+            "Simulation for all clients in one process"
+        )
+    if (job.size - 1) % ranks_per_site:
+        raise ConfigError(
+            f"the {job.size - 1} ranks beside the server must be a multiple of ranks_per_site, {ranks_per_site}; start "
+            f"{1 + ranks_per_site * -(-(job.size - 1) // ranks_per_site)} processes"
+        )
+    group = _own_group(job.rank, job.size, ranks_per_site)
+    seat = Seat(job.rank, job.size, ranks_per_site, lambda longest: job.open(longest, None), group=group)
+    peers = seat.leaders if seat.serves else [SERVER] if seat.leads else []
+    return Seat(job.rank, job.size, ranks_per_site, lambda longest: job.open(longest, peers), group=group)
+
+
+def _own_group(rank: int, size: int, ranks_per_site: int) -> dist.ProcessGroup | None:
+    """Collective over all ranks."""
+    if ranks_per_site == 1:
+        return None
+    if not dist.is_initialized() or dist.get_world_size() != size:
+        raise CompatibilityError(
+            "sites of several ranks need torch.distributed, got a job without; start it with torchrun, or use "
+            "ranks_per_site=1"
+        )
+    own = None
+    for first in range(1, size, ranks_per_site):
+        members = list(range(first, first + ranks_per_site))
+        made = dist.new_group(members, backend="gloo", timeout=timedelta(days=1))
+        if rank in members:
+            own = made
+    return own
+
+
+def check_serves(seat: Seat) -> None:
+    """Raises `ConfigError` unless this process is to serve."""
+    if not seat.serves:
+        raise ConfigError(
+            f"rank {SERVER} serves and every other rank takes part, got serve on rank {seat.rank} of {seat.size}; call "
+            "take_part there"
+        )
+
+
+def check_takes_part(seat: Seat) -> None:
+    """Raises `ConfigError` if this process is to serve."""
+    if seat.serves:
+        raise ConfigError(
+            f"rank {SERVER} serves and every other rank takes part, got take_part on rank {SERVER}; call serve there"
+        )
