@@ -14,11 +14,12 @@ VENV ?= .venv
 NATIVE ?= plain
 
 BIN := $(VENV)/bin
+FLOWER := $(VENV)-flower/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi
+.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi setup-flower test-flower
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -70,6 +71,12 @@ bench: setup  ## the kernels' speed (a minute); the accuracy benchmark is benchm
 build: setup  ## a wheel in dist/
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 
+setup-flower: .make/flower  ## an environment of its own, $(VENV)-flower: Flower pins what it needs tightly
+
+test-flower: setup-flower  ## the Flower integration: types, rounds, whole jobs under its simulation engine and its SuperLink
+	$(FLOWER)/mypy -p distopt.integrations.flower --follow-imports=silent
+	$(FLOWER)/python -m pytest -m "not slow" tests/integrations/flower
+
 setup-mpi: .make/mpi  ## mpi4py and Open MPI for the tests over mpirun, which are skipped without them
 
 clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
@@ -100,6 +107,16 @@ $(BIN)/python:
 	@# setuptools warns whenever an editable install is made: that is what is asked for here
 	PYTHONWARNINGS="ignore:Editable installation" $(PIP) install -q --no-build-isolation -e ".[cli,test]"
 	@touch $@
+
+# torch as above; what the tests need besides Flower is less than the extra `test`.
+.make/flower: pyproject.toml $(SOURCES)
+	@test -e $(FLOWER)/python || $(PYTHON) -m venv $(VENV)-flower
+	$(FLOWER)/python -m pip --disable-pip-version-check install -q --upgrade "pip>=24.2" "setuptools>=77" wheel "numpy>=1.26"
+	@$(FLOWER)/python $(HAS_TORCH) || { echo "installing $(TORCH)"; \
+	  $(FLOWER)/python -m pip --disable-pip-version-check install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"; }
+	PYTHONWARNINGS="ignore:Editable installation" $(FLOWER)/python -m pip --disable-pip-version-check install -q \
+	  --no-build-isolation -e ".[flower]" pytest pytest-timeout hypothesis mypy scikit-learn
+	@mkdir -p .make && touch $@
 
 # What the extra `dev` or `mpi` lists, without building the package once more.
 .make/dev .make/mpi: .make/torch pyproject.toml

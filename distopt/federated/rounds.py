@@ -16,7 +16,7 @@ from torch import nn
 from distopt.config import check_count
 from distopt.errors import ConfigError, StateMismatchError, in_a_line
 from distopt.federated.algorithm import FederatedAlgorithm
-from distopt.federated.cohort import Cohort
+from distopt.federated.cohort import Answers, Cohort
 from distopt.federated.history import History
 from distopt.federated.layout import Layout
 from distopt.federated.server import Server
@@ -52,6 +52,7 @@ class Rounds:
     Attributes:
         history: Of all rounds, those of a checkpoint included.
         state: Of the server.
+        broadcast: What the clients of the coming round are sent.
 
     Raises:
         ConfigError: A value breaks its rule, or does not fit the others.
@@ -84,7 +85,7 @@ class Rounds:
         self._begun = False
         self.server = Server(algorithm, layout.num_trained, folder=folder)
         self.state = self.server.begin(layout.read(model), num_clients)
-        self._broadcast = self.server.broadcast(self.state)
+        self.broadcast = self.server.broadcast(self.state)
         self._check_ranks()
 
     @property
@@ -112,22 +113,25 @@ class Rounds:
             self._begun = True
             self._cohort.begin(self.round)
         while self.round < rounds:
-            row = self._one_round(last=self.round + 1 == rounds)
-            self.history.append(row)
-            if self._checkpoint_every and self.round % self._checkpoint_every == 0:
-                self.save()
-            if self._progress is not None and self._cohort.exchange.leads:
-                self._progress(row)
+            self.end_round(self._cohort.answers(self.broadcast), last=self.round + 1 == rounds)
         self._layout.write(self._model, self.state.model)
         return self.history
 
-    def _one_round(self, *, last: bool) -> dict[str, Any]:
+    def end_round(self, came: Answers, *, last: bool) -> None:
+        """Makes the next model of what was answered; for hosts that have a loop of their own in place of `run`."""
+        row = self._aggregated(came, last=last)
+        self.history.append(row)
+        if self._checkpoint_every and self.round % self._checkpoint_every == 0:
+            self.save()
+        if self._progress is not None and self._cohort.exchange.leads:
+            self._progress(row)
+
+    def _aggregated(self, came: Answers, *, last: bool) -> dict[str, Any]:
         number, before = self.round, self.state.refused.copy()
-        down = self._broadcast.num_bytes
-        came = self._cohort.answers(self._broadcast)
+        down = self.broadcast.num_bytes
         self.state.refused += came.refused
         heard = self.state.refused.copy()
-        self.state, self._broadcast = self.server.step(self.state, came.replies, self._cohort.exchange)
+        self.state, self.broadcast = self.server.step(self.state, came.replies, self._cohort.exchange)
         refused = self.state.refused - before
         row: dict[str, Any] = {
             "round": number + 1,
@@ -202,7 +206,7 @@ class Rounds:
                     f"{own!r:.500} now; {remedy}"
                 )
         self.state = self.server.load(state["server"], self._num_clients)
-        self._broadcast = self.server.broadcast(self.state)
+        self.broadcast = self.server.broadcast(self.state)
         self._cohort.load_state_dict(state)
         for name, tensor in self._layout.others(self._model).items():
             tensor.copy_(state["own"][name])
