@@ -17,6 +17,9 @@ from distopt.federated.delays import (
     UniformDelays,
 )
 from distopt.federated.deltas import SteppingServer, SummedDeltas
+from distopt.federated.diff2 import DIFF2
+from distopt.federated.dp_fedavg import DPFedAvg
+from distopt.federated.dp_gd import DPGD
 from distopt.federated.fedasync import FedAsync
 from distopt.federated.fedau import FedAU
 from distopt.federated.fedavg import FedAvg
@@ -88,6 +91,8 @@ from distopt.federated.tensorboard import TensorBoard
 from distopt.federated.uplink import UplinkCompression
 
 __all__ = [
+    "DIFF2",
+    "DPGD",
     "MIFA",
     "AfterArrivals",
     "Arrival",
@@ -102,6 +107,7 @@ __all__ = [
     "ColumnPartition",
     "ConstantDelays",
     "Cyclic",
+    "DPFedAvg",
     "DelayProcess",
     "Delays",
     "DirichletPartition",

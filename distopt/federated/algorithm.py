@@ -48,6 +48,28 @@ class LocalRound:
     squared_gradients: Callable[[], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a client has that takes no steps, but looks at each of its samples once.
+
+    Attributes:
+        client: Its number.
+        version: Of the broadcast that it answers.
+        num_samples: How many it has, at least 1.
+        model: (d,), x.
+        extras: Of the broadcast, (d,) each.
+        clipped_sum: Gives (d,) float64, the sum over its samples of each one's gradient at x, clipped to a norm; with a
+            vector x' (d,) besides, of the gradient's difference from that at x'.
+    """
+
+    client: int
+    version: int
+    num_samples: int
+    model: Tensor
+    extras: Vectors
+    clipped_sum: Callable[[float, Tensor | None], Tensor]
+
+
 class FederatedAlgorithm(Algorithm):
     """Base of all; a subclass is one file, and needs no more than `weights` and `advance`.
 
@@ -59,6 +81,7 @@ class FederatedAlgorithm(Algorithm):
         sends_whole: Those of them that are no changes: parts of them left for later would be wrong, so they are never
             compressed.
         assumes_plain_sgd: Whether its equations hold only where clients take steps of plain SGD.
+        takes_steps: Whether clients take local steps; else they `look`.
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
@@ -67,10 +90,11 @@ class FederatedAlgorithm(Algorithm):
     sends: ClassVar[tuple[str, ...]] = ()
     sends_whole: ClassVar[tuple[str, ...]] = ()
     assumes_plain_sgd: ClassVar[bool] = False
+    takes_steps: ClassVar[bool] = True
 
     @property
     def fewest_replies(self) -> int:
-        """With fewer, the round leaves the model as it is."""
+        """With fewer, the round leaves the model as it is; with 0 the server makes a next model of nothing, too."""
         return 1
 
     @property
@@ -97,6 +121,10 @@ class FederatedAlgorithm(Algorithm):
         """What the client keeps for its next round, and what it sends."""
         return {}, {DELTA: local.moved}
 
+    def look(self, look: Look) -> Vectors:
+        """What a client sends that takes no steps."""
+        raise NotImplementedError(f"{self.name} takes steps")
+
     # -- server --------------------------------------------------------------------------------------------------------
 
     @property
@@ -110,6 +138,10 @@ class FederatedAlgorithm(Algorithm):
     def accepts(self, answered: int, version: int) -> bool:
         """Whether a reply to version `answered` counts in the round of `version`; a synchronous one takes its own."""
         return answered == version
+
+    def why_not(self, reply: Reply) -> str | None:
+        """Why a reply that fits the model does not count, in a few words; None if it does."""
+        return None
 
     def trust_in_rest(self, weights: Sequence[float]) -> float:
         """How far the elements behind the trained ones go towards the mean of the replies', 0 to 1.
@@ -133,7 +165,10 @@ class FederatedAlgorithm(Algorithm):
     def advance(
         self, memory: ServerMemory, model: Tensor, replies: Sequence[Reply], weights: Sequence[float]
     ) -> Tensor:
-        """The next x, (d,), not in place. There is at least one reply, `model` is x, (d,). May change the memory."""
+        """The next x, (d,), not in place; `model` is x, (d,). May change the memory.
+
+        There is at least one reply, unless `fewest_replies` is 0.
+        """
 
     def tick(self, memory: ServerMemory, participated: Tensor) -> None:
         """After every round, empty ones too: (num_clients,) bool says whose replies have counted."""

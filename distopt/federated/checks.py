@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distopt.config import check_number
 from distopt.errors import ConfigError
 
 
@@ -32,6 +33,11 @@ def check_from_zero(field: str, value: object, *, high: float = math.inf, remedy
     if not valid:
         rule = "a number of at least 0" if high == math.inf else f"a number in [0, {high:g}]"
         raise ConfigError(f"{field} must be {rule}, got {value!r}; {remedy}")
+
+
+def check_above_zero(field: str, value: object, *, remedy: str) -> None:
+    """Raises `ConfigError` unless value is a finite number above 0."""
+    check_number(field, value, rule="a number above 0", remedy=remedy, low=0.0, high=math.inf)
 
 
 def check_shares(field: str, vector: Tensor) -> None:

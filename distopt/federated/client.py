@@ -1,5 +1,7 @@
 """The client's side of a round, around any algorithm: local steps of any torch optimizer from the server's model.
 
+An algorithm whose clients take no steps looks at each sample's gradient instead, and keeps nothing.
+
 The optimizer is made anew for each round, so its momentum does not outlive it: the next model is another one. What an
 algorithm keeps from round to round are its `kept` vectors, and they are the client's alone.
 
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distopt.federated.algorithm import FederatedAlgorithm, LocalRound
+from distopt.errors import ConfigError
+from distopt.federated.algorithm import FederatedAlgorithm, LocalRound, Look
 from distopt.federated.functional import Batch, Loss, scalar, squared_gradients
 from distopt.federated.layout import Layout
 from distopt.federated.messages import DELTA, REST, Broadcast, Reply
+from distopt.federated.privacy.per_sample import clipped_sum
 from distopt.federated.uplink import UplinkCompression
 from distopt.ops import all_finite
 
@@ -70,9 +74,11 @@ class Client:
             batches: One for each local step.
             client: Its number.
             num_samples: How many samples it has trained on.
-            samples: Gives its data once, in batches, for algorithms that look back at it.
+            samples: Gives its data once, in batches, for algorithms that look at it as a whole.
         """
         layout.write(model, broadcast.model)
+        if not self.algorithm.takes_steps:
+            return {}, self._looked(model, layout, broadcast, client, num_samples, samples)
         start = broadcast.model[: layout.num_trained]
         kept = {name: kept.get(name, torch.zeros_like(start)) for name in self.kept}
         parameters = layout.trained(model)
@@ -120,6 +126,49 @@ class Client:
         if self.uplink is not None:
             reply, kept = self.uplink.compress(self.algorithm, reply, kept)
         return kept, reply
+
+    def _looked(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        broadcast: Broadcast,
+        client: int,
+        num_samples: int,
+        samples: Callable[[], Iterable[Batch]],
+    ) -> Reply:
+        parameters = layout.trained(model)
+        head, rest = broadcast.model[: layout.num_trained], broadcast.model[layout.num_trained :]
+
+        def summed(bound: float, previous: Tensor | None) -> Tensor:
+            total, count = torch.zeros(len(head), dtype=torch.float64, device=head.device), 0
+            for batch in samples():
+                total += clipped_sum(model, parameters, self.loss, batch, bound, previous=previous)
+                count += len(batch[0])
+            if count != num_samples:
+                raise ConfigError(
+                    f"samples must give all {num_samples} samples of client {client} once, got {count}; give "
+                    "Client.step the client's `samples`"
+                )
+            return total
+
+        sent: Mapping[str, Tensor] = nothing(self.algorithm, head)
+        if num_samples:
+            look = Look(
+                client=client,
+                version=broadcast.version,
+                num_samples=num_samples,
+                model=head,
+                extras=broadcast.extras,
+                clipped_sum=summed,
+            )
+            sent = self.algorithm.look(look)
+        return Reply(
+            client=client,
+            version=broadcast.version,
+            num_samples=num_samples,
+            num_steps=1 if num_samples else 0,
+            tensors={**sent, REST: rest} if rest.numel() else sent,
+        )
 
     def _local_step(
         self,

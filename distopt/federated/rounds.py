@@ -19,6 +19,8 @@ from distopt.federated.algorithm import FederatedAlgorithm
 from distopt.federated.cohort import Answers, Cohort
 from distopt.federated.history import History
 from distopt.federated.layout import Layout
+from distopt.federated.privacy.job import Budget
+from distopt.federated.privacy.private_algorithm import COLUMNS as PRIVATE_COLUMNS
 from distopt.federated.server import Server
 
 _log = logging.getLogger("distopt")
@@ -30,7 +32,7 @@ _REMEDIES = {
     "give the mode by name",
     "format": "this distopt cannot read it; go on with the one that wrote it",
 }
-_COLUMNS = {"round", "participants", "bytes_down", "bytes_up", "refused", "time_s"}
+_COLUMNS = {"round", "participants", "bytes_down", "bytes_up", "refused", "time_s", *PRIVATE_COLUMNS}
 
 
 class Rounds:
@@ -48,6 +50,7 @@ class Rounds:
         checkpoint: A file that holds the run's state, written beside and renamed.
         checkpoint_every: In rounds; 0 for never.
         progress: Called after each round with its row.
+        stop_at_epsilon: Of a private algorithm: the run ends before a round that would pass it.
 
     Attributes:
         history: Of all rounds, those of a checkpoint included.
@@ -72,6 +75,7 @@ class Rounds:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 0,
         progress: Progress | None = None,
+        stop_at_epsilon: float | None = None,
     ) -> None:
         check_settings(evaluate_every=evaluate_every, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
         self.history = History()
@@ -83,8 +87,10 @@ class Rounds:
         self._progress = progress
         self._warned = False
         self._begun = False
+        self._budget = Budget(algorithm, stop_at_epsilon)
         self.server = Server(algorithm, layout.num_trained, folder=folder)
         self.state = self.server.begin(layout.read(model), num_clients)
+        self._budget.share_secrets(self.state.memory, cohort.exchange.said_by_leader)
         self.broadcast = self.server.broadcast(self.state)
         self._check_ranks()
 
@@ -101,6 +107,8 @@ class Rounds:
     def run(self, rounds: int) -> History:
         """Goes on until `rounds` rounds are done, those of a checkpoint included; the history of all of them.
 
+        A private run ends earlier if the next round would pass its epsilon.
+
         Raises:
             ConfigError: More rounds are done already, or `evaluate` does not give numbers.
         """
@@ -113,6 +121,10 @@ class Rounds:
             self._begun = True
             self._cohort.begin(self.round)
         while self.round < rounds:
+            if self._budget.is_spent(self.state.memory):
+                if self._cohort.exchange.leads:
+                    self._budget.say_that_it_is_spent(self.round + 1, self.state.memory)
+                break
             self.end_round(self._cohort.answers(self.broadcast), last=self.round + 1 == rounds)
         self._layout.write(self._model, self.state.model)
         return self.history
@@ -142,6 +154,8 @@ class Rounds:
         }
         if (seconds := self._cohort.time_s) is not None:
             row["time_s"] = seconds
+        row.update(self._budget.columns(self.state.memory))
+        last = last or self._budget.is_spent(self.state.memory)
         if self._evaluate is not None and (last or self.round % self._evaluate_every == 0):
             row.update(self._cohort.exchange.said_by_leader(self._evaluated))
         if came.replies and (self.state.refused - heard).total() == len(came.replies) and not self._warned:
@@ -206,6 +220,7 @@ class Rounds:
                     f"{own!r:.500} now; {remedy}"
                 )
         self.state = self.server.load(state["server"], self._num_clients)
+        self._budget.share_secrets(self.state.memory, self._cohort.exchange.said_by_leader)
         self.broadcast = self.server.broadcast(self.state)
         self._cohort.load_state_dict(state)
         for name, tensor in self._layout.others(self._model).items():

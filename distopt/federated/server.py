@@ -152,7 +152,7 @@ class Server:
         weighing = [reply for reply in counted if reply.num_samples > 0]
         if 0 < len(weighing) < self.algorithm.fewest_replies:
             state.refused["too few replies"] += len(weighing)
-        elif weighing:
+        elif weighing or not self.algorithm.fewest_replies:
             model = self._next_model(state, weighing, exchange)
         self.algorithm.tick(state.memory, participated)
         state = ServerState(state.version + 1, model, state.memory, state.refused)
@@ -167,7 +167,7 @@ class Server:
             asked = algorithm.sums(replies, weights)
         else:
             replies, exchange = exchange.complete(replies), HERE
-        if rest.numel():
+        if rest.numel() and replies:
             total = sum(reply.num_samples for reply in replies)
             asked = {**asked, REST: WeightedSum(REST, [reply.num_samples / total for reply in replies])}
         sums = exchange.sums(asked, replies, {**dict.fromkeys(asked, head), REST: rest})
@@ -175,7 +175,7 @@ class Server:
             head = algorithm.move(memory, head, sums)
         else:
             head = algorithm.advance(memory, head, replies, weights)
-        if rest.numel():
+        if REST in sums:
             rest = torch.lerp(rest, sums[REST], algorithm.trust_in_rest(weights))
         return torch.cat([head, rest])
 
@@ -210,4 +210,4 @@ class Server:
             return "dtype"
         if not all(all_finite(t.contiguous()) for t in reply.tensors.values()):
             return "not finite"
-        return None
+        return self.algorithm.why_not(reply)

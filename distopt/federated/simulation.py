@@ -23,6 +23,7 @@ from distopt.federated.history import History
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.participation import Everybody, Participation
+from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.rounds import Evaluate, Progress, Rounds, check_settings
 from distopt.federated.schedule import make_schedule
 from distopt.federated.simulated_cohort import SimulatedCohort
@@ -52,6 +53,8 @@ class Simulation:
         checkpoint: A file that holds the run's state, written beside and renamed.
         checkpoint_every: In rounds; 0 for never.
         progress: Called after each round with its row.
+        stop_at_epsilon: Of a private algorithm: the run ends before a round that would pass it; the epsilon that the
+            algorithm's settings promise is never passed.
 
     Raises:
         ConfigError: A value breaks its rule, or does not fit the others.
@@ -77,6 +80,7 @@ class Simulation:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 0,
         progress: Progress | None = None,
+        stop_at_epsilon: float | None = None,
     ) -> None:
         check_settings(evaluate_every=evaluate_every, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
         check_kinds(
@@ -90,6 +94,19 @@ class Simulation:
         self.model, self.clients, self.algorithm = model, clients, algorithm
         self.local = local or LocalTraining(steps=5)
         self.layout = Layout(model, exclude)
+        facts = JobFacts(
+            model=model,
+            layout=self.layout,
+            num_clients=clients.num_clients,
+            sample_counts=[len(part) for part in clients.parts],
+            local=local,
+            participation=participation,
+            uplink=uplink,
+            checkpoint_every=checkpoint_every,
+            simulated=True,
+            stop_at_epsilon=stop_at_epsilon,
+        )
+        check_job(algorithm, facts)
         self._trainer = make_trainer(
             mode,
             model=model,
@@ -131,6 +148,7 @@ class Simulation:
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            stop_at_epsilon=stop_at_epsilon,
         )
 
     @property

@@ -59,6 +59,8 @@ def judge(trainer: Trainer) -> Fitness:
 
 
 def _why_not_by_name(trainer: Trainer) -> str | None:
+    if not trainer.algorithm.takes_steps:
+        return f"the clients of {trainer.algorithm.name!r} look at their samples one by one and take no steps together"
     if not is_elementwise(trainer.local.optimizer):
         known = ", ".join(optimizer.__name__ for optimizer in ELEMENTWISE)
         return f"the optimizer {trainer.local.optimizer!r} is not known to treat each element by itself, as {known} do"

@@ -13,6 +13,7 @@ from torch import Tensor
 from distopt.errors import ConfigError, in_a_line
 from distopt.federated.execution.trainer import Trainer
 from distopt.federated.functional import scalar
+from distopt.federated.privacy.per_sample import check_per_sample, clipped_sum
 
 _log = logging.getLogger("distopt")
 
@@ -29,13 +30,17 @@ def rehearse(trainer: Trainer) -> None:
             trainer.local.optimizer, dict(trainer.local.options),
         )  # fmt: skip
     _check_finite(trainer)
-    _check_optimizer(trainer)
+    if trainer.algorithm.takes_steps:
+        _check_optimizer(trainer)
     sizes = np.array([len(part) for part in trainer.data.parts])
     if not sizes.any():
         return  # nobody will train
     with torch.random.fork_rng(devices=[]):
         _check_loss(trainer, int(sizes.argmax()))
-        _check_batches_of_one(trainer, sizes)
+        if trainer.algorithm.takes_steps:
+            _check_batches_of_one(trainer, sizes)
+        else:
+            _check_per_sample(trainer, int(sizes.argmax()))
 
 
 def _check_finite(trainer: Trainer) -> None:
@@ -90,6 +95,19 @@ def _check_batches_of_one(trainer: Trainer, sizes: np.ndarray) -> None:
             f"batches must have more than one sample for this model ({error}), got a batch of one of {len(alone)} "
             f"clients, {alone[0]} first; use drop_last=True in LocalTraining and give each client at least 2 samples, "
             "or take another normalisation"
+        ) from error
+
+
+def _check_per_sample(trainer: Trainer, client: int) -> None:
+    model, indices = copy.deepcopy(trainer.model).train(), trainer.data.parts[client][:2]
+    check_per_sample(model)
+    try:
+        clipped_sum(model, trainer.layout.trained(model), trainer.loss, trainer.data.batch(indices), 1.0)
+    except Exception as error:  # whatever the user's code raises under vmap
+        raise ConfigError(
+            f"torch.func.vmap must be able to compute loss(model, batch) for {trainer.algorithm.name!r}, which looks "
+            f"at samples one by one, got {in_a_line(error)}; leave out what is random, and control flow that depends "
+            "on the data"
         ) from error
 
 

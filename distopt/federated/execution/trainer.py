@@ -89,7 +89,7 @@ class Trainer(ABC):
     def samples(self, client: int) -> Iterator[Batch]:
         """All of a client's data once, in order."""
         part = self.data.parts[client]
-        size = self.local.batch_size
+        size = self.local.batch_size if self.algorithm.takes_steps else max(1, len(part))
         return (self.data.batch(part[start : start + size]) for start in range(0, len(part), size))
 
     def state_dict(self) -> dict[str, Any]:
