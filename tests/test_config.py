@@ -20,7 +20,10 @@ from distopt.config import Algorithm, Configurable, FrozenMapping, from_config
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
 from distopt.federated import (
+    DIFF2,
+    DPGD,
     ColumnPartition,
+    DPFedAvg,
     FedAsync,
     FedFix,
     FedSpeed,
@@ -47,6 +50,9 @@ REQUIRED = {
     KnownParticipation: {"probability": 0.5},
     LocalTraining: {"steps": 5},
     FedFix: {"interval_s": 1.0},
+    DIFF2: {"num_clients": 10, "fewest_samples": 100},
+    DPGD: {"num_clients": 10, "fewest_samples": 100},
+    DPFedAvg: {"epsilon": 2.0, "rounds": 5, "accountant": "rdp"},
 }
 
 GOOD = {
@@ -153,8 +159,26 @@ GOOD = {
     "tensorboard": [True, False],
     "mode": ["auto", "loop"],
     "spill": [True, False],
+    "epsilon": [0.1, 3],
+    "delta": [1e-9, 0.1],
+    "accountant": ["closed-form", "rdp"],
+    "noise": ["central", "distributed"],
+    "noise_seed": [None, 0, 7],
+    "num_clients": [1, 10],
+    "fewest_samples": [1, 1651],
+    "clip_difference": [0.1, 20],
+    "interval": [1, 20],
+    "noise_multiplier": [None],  # beside epsilon
+    "expected_clients": [None, 0.5, 100],
+    "sampling_probability": [None, 0.01, 1],
+    "quantile": [None, 0.5, 1],
+    "clip_lr": [0, 0.2],
+    "share_std": [None, 3.0],
+    "stop_at_epsilon": [None, 3.0],
 }
+PRIVATE = (DIFF2, DPGD, DPFedAvg)
 GOOD_FOR = {
+    **{(made, "clip"): [1, 0.01] for made in PRIVATE},
     (CNN, "norm"): ["none", "group"],
     (Softmax, "norm"): ["none", "batch"],
     (LocalTraining, "options"): [{}, {"momentum": 0.9}],
@@ -306,9 +330,35 @@ BAD = {
     "tensorboard": [(value, "must be True or False") for value in (0, "no", None)],
     "mode": [(value, "must be one of 'auto', 'loop'") for value in ("fast", None)],
     "spill": [(value, "must be True or False") for value in (0, "no", None)],
+    "epsilon": [(value, "must be a number above 0", "use 3.0") for value in (0, -1.0, math.inf, "3", True)],
+    "delta": [(value, "must be a number in (0, 0.1]", "use 1e-5") for value in (0, 0.5, math.nan, "1", None)],
+    "accountant": [(value, "must be one of 'closed-form', 'rdp'") for value in ("moments", None)],
+    "noise": [(value, "must be one of 'central', 'distributed'") for value in ("local", None)],
+    "noise_seed": [(value, "must be an integer of at least 0", "leave it out") for value in (-1, 0.5, "1", True)],
+    "num_clients": [(value, "must be an integer of at least 1", "take part") for value in [*NOT_COUNTS, None]],
+    "fewest_samples": [(value, "must be an integer of at least 1", "smallest") for value in [*NOT_COUNTS, None]],
+    "clip_difference": [(value, "must be a number above 0", "smoothness") for value in (0, math.inf, "1", None)],
+    "interval": [(value, "must be an integer of at least 1", "1 is DP-GD") for value in [*NOT_COUNTS, None]],
+    "noise_multiplier": [(value, "where epsilon is not, and only there", "one of them") for value in (1.0, "1")],
+    "expected_clients": [(value, "must be a number above 0", "mean of a round") for value in (0, math.inf, "1")],
+    "sampling_probability": [(value, "must be a number in (0, 1]", "leave it out") for value in (0, 1.5, "1", True)],
+    "quantile": [(value, "must be a number in (0, 1]", "use 0.5") for value in (0, 1.5, math.nan, "1")],
+    "clip_lr": [(value, "must be a number of at least 0", "use 0.2") for value in (-0.1, math.inf, "1", None)],
+    "share_std": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
+    "stop_at_epsilon": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
+    **{
+        (made, "clip"): [(value, "must be a number above 0", "use 1.0") for value in (0, -1.0, math.nan, "1", None)]
+        for made in PRIVATE
+    },
+    **{
+        (made, "rounds"): [
+            (value, "must be an integer of at least 1", "share the epsilon") for value in [*NOT_COUNTS, None]
+        ]
+        for made in PRIVATE
+    },
     (LocalTraining, "options"): [
         (value, "must be a mapping", '{"momentum": 0.9}') for value in (3, None, [("momentum", 0.9)])
     ],

@@ -10,13 +10,15 @@ from distopt.errors import ConfigError
 
 Row = dict[str, Any]
 
-AXES = ("round", "bytes", "time_s")
+_REMEDIES = {"time_s": "give the simulation delays", "epsilon": "take a private algorithm"}
+
+AXES = ("round", "bytes", "time_s", "epsilon")
 
 
 def axis(rows: Iterable[Row], over: str) -> list[float] | None:
-    """Where each row lies on an axis of `AXES`: its round, all bytes sent until its end, or the virtual time then.
+    """Where each row lies on an axis of `AXES`: its round, or all bytes sent, the virtual time, epsilon at its end.
 
-    None where some row has no such place: a run without delays has no virtual time.
+    None where some row has no such place: a run without delays has no virtual time, and only a private one an epsilon.
     """
     check_choice("over", over, AXES)
     rows = list(rows)
@@ -36,7 +38,7 @@ def curve(rows: Iterable[Row], name: str, over: str = "round") -> list[tuple[Any
     places = axis(rows, over)
     if places is None:
         raise ConfigError(
-            f"every round must have {over!r} to look at {name!r} over it, got some without; give the simulation delays"
+            f"every round must have {over!r} to look at {name!r} over it, got some without; {_REMEDIES[over]}"
         )
     found = [(place, row[name]) for place, row in zip(places, rows, strict=True) if row.get(name) is not None]
     if not found:

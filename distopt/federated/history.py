@@ -18,7 +18,8 @@ class History:
     """One row per round.
 
     A row has "round", from 1 on, the ids of its "participants", "bytes_down", "bytes_up", how many replies were
-    "refused", what was evaluated at its end, and "time_s", the virtual seconds then, if clients have delays.
+    "refused", what was evaluated at its end, "time_s", the virtual seconds then, if clients have delays, and of a
+    private algorithm "epsilon", what has been spent by then.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -121,7 +122,7 @@ class History:
         return cls(rows)
 
     def plot(self, path: str | os.PathLike[str], name: str = "accuracy", *, title: str = "") -> None:
-        """Draws a value over rounds, bytes and virtual time, if there is one, and how often each client took part.
+        """Draws a value over rounds, bytes, time and epsilon where there are such, and how often each client took part.
 
         Raises:
             ConfigError: No round has such a value.

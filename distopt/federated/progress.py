@@ -37,6 +37,7 @@ class ProgressBar:
         self._console = console or Console()
         self._printed = 0  # the round of the last plain line
         self._values = ""
+        self._latest: dict[str, float] = {}
         columns = (
             TextColumn("round"),
             MofNCompleteColumn(),
@@ -53,7 +54,8 @@ class ProgressBar:
         """Shows a row of a history."""
         found = evaluated(row)
         if found:
-            self._values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            self._latest |= found  # epsilon is in every row, an accuracy perhaps not
+            self._values = ", ".join(f"{name} {value:.4f}" for name, value in self._latest.items())
         if self._bar is None or self._task is None:
             if found:
                 self._print_line(row["round"])

@@ -3,7 +3,7 @@
 import pytest
 import sharded_job
 import torch
-from test_algorithm_laws import MADE
+from test_algorithm_laws import NOISELESS
 from torch import nn
 
 from distopt.errors import CompatibilityError, ConfigError
@@ -11,7 +11,7 @@ from distopt.federated import FedAvg, UplinkCompression
 
 FEW = ["fedavg", "scaffold", "fedvarp", "krum", "fedfix", "fisher"]  # each way of adding up
 ROUNDS = 4
-DESCRIBED = {name: algorithm.to_dict() for name, algorithm in MADE.items()}
+DESCRIBED = {name: algorithm.to_dict() for name, algorithm in NOISELESS.items()}
 
 
 def same(found, expected):
@@ -30,6 +30,27 @@ def test_two_ranks_make_what_one_process_makes(ranks):
         assert first[1] == second[1], name
         same(first, expected)
         assert (expected[0][-1] != expected[0][0]).any(), name
+
+
+@pytest.mark.parametrize("noise_seed", [None, 0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "diff2", "num_clients": 4, "fewest_samples": 50, "rounds": 40, "interval": 3},
+        {"algorithm": "diff2", "num_clients": 4, "fewest_samples": 50, "rounds": 40, "noise": "distributed"},
+        {"algorithm": "dp-fedavg", "noise_multiplier": 3.0, "quantile": 0.5},
+    ],
+    ids=lambda settings: " ".join(str(settings[key]) for key in ("algorithm", "noise") if key in settings),
+)
+def test_ranks_of_a_private_job_draw_the_same_noise(ranks, settings, noise_seed):
+    described = settings if noise_seed is None else {**settings, "noise_seed": noise_seed}
+    (models, rows), (other_models, other_rows) = ranks(2)(sharded_job.private, described, ROUNDS)
+    assert torch.equal(models, other_models)
+    assert rows == other_rows
+    _, rows_alone = sharded_job.private(described, ROUNDS)
+    assert [row["epsilon"] for row in rows] == [row["epsilon"] for row in rows_alone]
+    again = ranks(2)(sharded_job.private, described, ROUNDS)[0]
+    assert torch.equal(again[0], models) == (noise_seed is not None)
 
 
 def test_three_ranks_with_compressed_replies(ranks):

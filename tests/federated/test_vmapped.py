@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_algorithm_laws import MADE
+from test_algorithm_laws import NOISELESS
 from torch import nn
 from torch.nn import functional as F
 
@@ -82,7 +82,7 @@ MOMENTUM = {
 }
 
 
-@pytest.mark.parametrize("algorithm", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("algorithm", NOISELESS.values(), ids=NOISELESS)
 def test_every_algorithm_is_the_same_as_in_the_loop(algorithm):
     delays = ConstantDelays(mean_s=tuple(0.3 + 0.1 * (i // 4) for i in range(len(SIZES))))
     settings = {"delays": delays} if algorithm.accepts(0, 1) else {}

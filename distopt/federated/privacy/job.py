@@ -164,6 +164,7 @@ def _check_descent(algorithm: PrivateDescent, facts: JobFacts) -> None:
             f"participation must be everybody for {algorithm.name!r}, in which a round without somebody does not "
             f"count, got {facts.participation!r}; leave it out (a trace may say who is missing)"
         )
+    algorithm.check_num_clients(facts.num_clients)
     if facts.sample_counts is None:
         return
     least = min(range(len(facts.sample_counts)), key=facts.sample_counts.__getitem__)

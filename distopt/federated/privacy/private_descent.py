@@ -167,16 +167,20 @@ class PrivateDescent(PrivateAlgorithm, LinearAlgorithm):
 
     def begin(self, memory: ServerMemory) -> None:
         """Also checks that there are as many clients as the noise is computed for."""
-        if memory.num_clients != self.num_clients:
-            raise ConfigError(
-                f"num_clients must be that of the job, {memory.num_clients}, got {self.num_clients}; change it: the "
-                "noise is computed for it"
-            )
+        self.check_num_clients(memory.num_clients)
         super().begin(memory)
         memory.counters[_ROUNDS] = RoundsSinceRestart()
         if self.restart_every > 1:
             memory.remember(ESTIMATE)
             memory.remember(PREVIOUS)
+
+    def check_num_clients(self, num_clients: int) -> None:
+        """Raises `ConfigError` if a job has another number of clients than the noise is computed for."""
+        if num_clients != self.num_clients:
+            raise ConfigError(
+                f"num_clients must be that of the job, {num_clients}, got {self.num_clients}; change it: the noise is "
+                "computed for it"
+            )
 
     def next_kind(self, memory: ServerMemory) -> str:
         """See `PrivateAlgorithm.next_kind`."""
