@@ -121,13 +121,18 @@ class Rounds:
             self._begun = True
             self._cohort.begin(self.round)
         while self.round < rounds:
-            if self._budget.is_spent(self.state.memory):
-                if self._cohort.exchange.leads:
-                    self._budget.say_that_it_is_spent(self.round + 1, self.state.memory)
+            if self.is_spent():
                 break
             self.end_round(self._cohort.answers(self.broadcast), last=self.round + 1 == rounds)
         self._layout.write(self._model, self.state.model)
         return self.history
+
+    def is_spent(self) -> bool:
+        """Whether the next round would pass a private run's epsilon; then the log says so, and it must not begin."""
+        spent = self._budget.is_spent(self.state.memory)
+        if spent and self._cohort.exchange.leads:
+            self._budget.say_that_it_is_spent(self.round + 1, self.state.memory)
+        return spent
 
     def end_round(self, came: Answers, *, last: bool) -> None:
         """Makes the next model of what was answered; for hosts that have a loop of their own in place of `run`."""

@@ -39,6 +39,7 @@ from distopt.federated.network.roster import Roster
 from distopt.federated.network.seats import Seat, check_serves, check_takes_part, find_seat
 from distopt.federated.network.site import Attendance, Site
 from distopt.federated.participation import Everybody, Participation
+from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.randomness import check_seed
 from distopt.federated.rounds import Evaluate, Progress, Rounds, check_settings
 from distopt.federated.simulation import check_kinds, settings_of
@@ -69,6 +70,7 @@ class Service:
         checkpoint: A file that holds the run's state, written beside and renamed.
         checkpoint_every: In rounds; 0 for never.
         progress: Called after each round with its row.
+        stop_at_epsilon: See `Simulation`.
         deadline_s: How long a client may take to answer. Who takes longer does not take part in that round.
         wait_s: How long the sites may take to say hello at the start.
         fewest_sites: How many must have by then; all if left out.
@@ -98,6 +100,7 @@ class Service:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 0,
         progress: Progress | None = None,
+        stop_at_epsilon: float | None = None,
         deadline_s: float = 600.0,
         wait_s: float = 60.0,
         fewest_sites: int | None = None,
@@ -119,6 +122,18 @@ class Service:
         self.local = local or LocalTraining(steps=5)
         self.layout = Layout(model, exclude)
         check_all_averaged(model, self.layout, "a service")
+        facts = JobFacts(
+            model=model,
+            layout=self.layout,
+            num_clients=count,
+            sample_counts=None if clients is None else [len(part) for part in clients.parts],
+            local=local,
+            participation=participation,
+            uplink=uplink,
+            checkpoint_every=checkpoint_every,
+            stop_at_epsilon=stop_at_epsilon,
+        )
+        check_job(algorithm, facts)
         drawn = (participation or Everybody()).begin(count, seed)
         seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s)
         check_serves(seat)
@@ -175,6 +190,7 @@ class Service:
                 checkpoint=checkpoint,
                 checkpoint_every=checkpoint_every,
                 progress=progress,
+                stop_at_epsilon=stop_at_epsilon,
             )
         except BaseException:
             self._transport.close(_CLOSE_S)
