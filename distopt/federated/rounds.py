@@ -87,6 +87,7 @@ class Rounds:
         self._progress = progress
         self._warned = False
         self._begun = False
+        self._said_that_it_is_spent = False
         self._budget = Budget(algorithm, stop_at_epsilon)
         self.server = Server(algorithm, layout.num_trained, folder=folder)
         self.state = self.server.begin(layout.read(model), num_clients)
@@ -130,7 +131,8 @@ class Rounds:
     def is_spent(self) -> bool:
         """Whether the next round would pass a private run's epsilon; then the log says so, and it must not begin."""
         spent = self._budget.is_spent(self.state.memory)
-        if spent and self._cohort.exchange.leads:
+        if spent and not self._said_that_it_is_spent and self._cohort.exchange.leads:
+            self._said_that_it_is_spent = True
             self._budget.say_that_it_is_spent(self.round + 1, self.state.memory)
         return spent
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_algorithm_laws import MADE
+from test_algorithm_laws import NOISELESS
 from torch import nn
 
 from distopt.comm import InProcess
@@ -25,7 +25,7 @@ CLIENTS, SITES, ROUNDS = 12, 3, 4
 _rng = np.random.default_rng(0)
 INPUTS = torch.from_numpy(_rng.standard_normal((200, 6)))
 LABELS = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0).long()
-WAITING = {name: each for name, each in MADE.items() if each.pacing == Synchronous()}
+WAITING = {name: each for name, each in NOISELESS.items() if each.pacing == Synchronous()}
 
 
 def build():

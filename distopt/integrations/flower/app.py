@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from distopt.errors import ConfigError, DistoptError, in_a_line
 from distopt.federated import FederatedAlgorithm
-from distopt.federated.functional import Loss
-from distopt.federated.simulation import cross_entropy
+from distopt.federated.functional import Loss, cross_entropy
 from distopt.integrations.flower.client_memory import ClientMemory, InContext, InFolder
 from distopt.integrations.flower.job import Job
 from distopt.integrations.flower.local_side import LocalSide

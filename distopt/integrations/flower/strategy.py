@@ -34,6 +34,7 @@ from distopt.federated import (
     UplinkCompression,
 )
 from distopt.federated.client import kept_names
+from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.rounds import Rounds, check_settings
 from distopt.federated.simulation import check_kinds
 from distopt.integrations.flower.app import check_same_model
@@ -66,6 +67,7 @@ class FederatedStrategy(Strategy):
         checkpoint: A file that holds the run's state, written beside and renamed.
         checkpoint_every: In rounds; 0 for never.
         progress: Called after each round with its row of the history.
+        stop_at_epsilon: See `distopt.federated.Simulation`.
 
     Raises:
         ConfigError: A value breaks its rule, or does not fit the others.
@@ -89,6 +91,7 @@ class FederatedStrategy(Strategy):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 0,
         progress: Callable[[Mapping[str, Any]], None] | None = None,
+        stop_at_epsilon: float | None = None,
     ) -> None:
         check_count("num_clients", num_clients, low=1, remedy="give how many nodes there are")
         for name, seconds in (("connect_s", connect_s), ("poll_s", poll_s)):
@@ -103,6 +106,17 @@ class FederatedStrategy(Strategy):
         )
         self.model, self.layout = model, Layout(model, exclude)
         _check_dtype(self.layout)
+        facts = JobFacts(
+            model=model,
+            layout=self.layout,
+            num_clients=num_clients,
+            local=local,
+            participation=participation,
+            uplink=uplink,
+            checkpoint_every=checkpoint_every,
+            stop_at_epsilon=stop_at_epsilon,
+        )
+        check_job(algorithm, facts)
         self._num_clients = num_clients
         job = Job(
             algorithm=algorithm, local=local or LocalTraining(steps=5), uplink=uplink, exclude=tuple(exclude), seed=seed
@@ -119,6 +133,7 @@ class FederatedStrategy(Strategy):
             "folder": folder,
             "checkpoint": checkpoint,
             "checkpoint_every": checkpoint_every,
+            "stop_at_epsilon": stop_at_epsilon,
         }
         self._user_progress = progress
         self._result = Result()
@@ -236,6 +251,8 @@ class FederatedStrategy(Strategy):
             self._begin(arrays, None)
             self._connect(grid, 3600, config)
             self._cohort.begin(self.round)
+        if self._rounds.is_spent():
+            return []  # and `aggregate_train` leaves the model as it is
         asked = self._cohort.ask(self._rounds.broadcast)
         self._asked = [(message, work) for work, message in asked]
         return [message for _, message in asked]
@@ -244,6 +261,8 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next model, of the answers to what `configure_train` has given."""
+        if self._rounds.is_spent():
+            return self._arrays(), None
         came = {reply.metadata.reply_to_message_id: reply for reply in replies}
         ended: list[Answer[Work]] = []
         for message, work in self._asked:

@@ -1,5 +1,6 @@
 """Rounds over Flower's messages without its processes: pacing on a clock, faults, mismatches, checkpoints."""
 
+import copy
 import math
 
 import pytest
@@ -14,9 +15,11 @@ from flwr.clientapp import ClientApp
 
 from distopt.errors import CompatibilityError, ConfigError, PeerLostError, StateMismatchError
 from distopt.federated import (
+    DIFF2,
     AsyncFedAvg,
     Bernoulli,
     ConstantDelays,
+    DPFedAvg,
     Everybody,
     FedAsync,
     FedAU,
@@ -30,6 +33,7 @@ from distopt.federated import (
     UplinkCompression,
 )
 from distopt.federated.pacing import Synchronous
+from distopt.federated.privacy.noise import NoiseSource
 from distopt.integrations.flower import FederatedStrategy, add_client, client_app
 from flower_test_app.work import LOCAL, evaluator, make_clients, make_model
 
@@ -518,3 +522,32 @@ def test_data_that_are_no_tensors(given):
     app = client_app(model=lambda context: make_model(), data=lambda context: given)
     with pytest.raises(CompatibilityError, match="a client's data must be a tuple of tensors"):
         started(app=app)
+
+
+# -- private algorithms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["diff2", "distributed", "dp-fedavg"])
+def test_private_rounds_are_the_simulators_where_noise_is_its_deviation(monkeypatch, name):
+    monkeypatch.setattr(NoiseSource, "add", lambda self, values, std, *purpose: values + std)
+    fewest = min(map(len, make_clients(NUM_CLIENTS).parts))
+    settings = {"num_clients": NUM_CLIENTS, "fewest_samples": fewest, "rounds": 9, "interval": 2}
+    algorithm = {
+        "diff2": lambda: DIFF2(**settings),
+        "distributed": lambda: DIFF2(noise="distributed", **settings),
+        "dp-fedavg": lambda: DPFedAvg(noise_multiplier=2.0, quantile=0.5),
+    }[name]()
+    changes = {"local": LOCAL if name == "dp-fedavg" else None, "model": nn.Linear(16, 4)}
+    expected = simulated(algorithm, 5, **changes | {"model": copy.deepcopy(changes["model"])})
+    app = node_app(model=lambda context: nn.Linear(16, 4))
+    made, _ = started(algorithm, rounds=5, app=app, **changes)
+    assert_same_model(made.model, expected.model)
+    assert [row["epsilon"] for row in made.history] == [row["epsilon"] for row in expected.history]
+    limit = made.history.rows[2]["epsilon"]
+    earlier, _ = started(algorithm, rounds=5, app=app, stop_at_epsilon=limit, **changes)
+    assert len(earlier.history) == 3
+
+
+def test_private_jobs_that_will_not_do_are_refused():
+    with pytest.raises(ConfigError, match="noise_seed must be left out where clients are real"):
+        strategy(DPFedAvg(noise_multiplier=1.0, noise_seed=0), None, model=nn.Linear(16, 4))

@@ -38,6 +38,7 @@ JOBS = [
     {"algorithm": {"algorithm": "fedbuff", "buffer_size": NUM_CLIENTS}},
 ]
 DO_NOT_WAIT = {"fedfix", "fedbuff", "fedasync", "async-fedavg"}  # test_flower_rounds.py has them on a clock
+PRIVATE = {"diff2", "dp-gd", "dp-fedavg"}  # whose noise is each process's own: test_flower_rounds.py
 NAMES = [each["algorithm"]["algorithm"] for each in JOBS]
 
 
@@ -55,7 +56,7 @@ def left(flower):
 
 def test_every_algorithm_is_among_the_jobs():
     known = {name for name, made in FederatedAlgorithm._known.items() if issubclass(made, FederatedAlgorithm)}
-    assert known == {*NAMES, *DO_NOT_WAIT}
+    assert known == {*NAMES, *DO_NOT_WAIT, *PRIVATE}
 
 
 @pytest.mark.parametrize("number", range(len(JOBS)), ids=NAMES)
