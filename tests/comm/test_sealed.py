@@ -373,6 +373,19 @@ def test_a_session_can_be_confirmed_once(pair, made):
     assert ends[1]._peers[0].incoming.id == current
 
 
+def test_an_old_offer_is_no_answer_to_a_new_question(pair, made):
+    ends, wire = pair
+    offer = next(data for source, _, data in wire[0].seen if (source, kind(data)) == (1, OFFER))
+    ends[0] = restarted(made, ends[0])
+    wire[0].meddle = lambda destination, data: []
+    ends[0].send(1, frame(1))
+    wire[1].say(0, offer)
+    wait_until(lambda: ends[0].refused == {"replayed": 1})
+    assert ends[0].pending_bytes(1) == 1
+    del wire[0].meddle
+    assert receive(ends[1]) == (0, [1])
+
+
 def test_what_waits_for_a_lost_rank_is_dropped(made):
     wire = wires()
     end = sealed(made, wire[0])
@@ -380,6 +393,7 @@ def test_what_waits_for_a_lost_rank_is_dropped(made):
     assert end.pending_bytes(1) == 9
     wire[1].die()
     wait_until(lambda: not end.pending_bytes(1))
+    assert not end._peers[1].waiting
     assert end.lost == {1}
     end.close(30.0)
 

@@ -2,9 +2,11 @@ import os
 import threading
 
 import pytest
+import torch
 
 from distopt.comm import GlooTransport, InProcess, agree_on_secret, read_secret
 from distopt.errors import ConfigError, PeerLostError
+from mpirun import finish, needs_mpi, start
 
 GOOD = "0123456789abcdef"
 
@@ -113,10 +115,36 @@ def test_gloo_ranks_agree(ranks):
     assert told[0][0] != told[0][1]
 
 
+OVER_MPI = """
+from distopt.comm import MPITransport, Sealed, agree_on_secret
+import torch
+transport = MPITransport(max_frame_bytes=1 << 20)
+secret = agree_on_secret(transport)
+sealed = Sealed(transport, secret)
+if sealed.rank == 0:
+    told = [sealed.receive(30.0) for _ in range(sealed.size - 1)]
+    assert sorted(source for source, _ in told) == [1, 2], told
+    assert {bytes(got.tolist()) for _, got in told} == {secret}
+    assert not sealed.refused
+    print("all hold the same", flush=True)
+else:
+    sealed.send(0, torch.tensor(list(secret), dtype=torch.uint8))
+sealed.close(20.0)
+"""
+
+
+@needs_mpi
+@pytest.mark.job
+def test_mpi_ranks_agree_and_talk_sealed(tmp_path):
+    (tmp_path / "ranks.py").write_text(OVER_MPI)
+    job = start(3, tmp_path / "ranks.py")
+    said = finish(job)
+    assert job.returncode == 0, said
+    assert "all hold the same" in said
+
+
 def test_other_words_are_no_secret_and_silence_ends():
     ends = InProcess.connect(3)
-    import torch
-
     for source, words in ((2, b"DSEC" + bytes(32)), (0, b"DSEC" + bytes(31)), (0, b"XSEC" + bytes(32))):
         ends[source].send(1, torch.frombuffer(bytearray(words), dtype=torch.uint8))
     with pytest.raises(PeerLostError, match=r"rank 1 has got no job secret from rank 0 within 0\.2 s"):

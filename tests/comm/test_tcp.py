@@ -107,7 +107,7 @@ def closed_port():
 
 def test_a_server_that_is_not_there_is_waited_for_and_then_named():
     address = f"127.0.0.1:{closed_port()}"
-    with pytest.raises(PeerLostError, match=rf"{address} for 0\.4 s; .*refused\. Start the server") as error:
+    with pytest.raises(PeerLostError, match=rf"{address} for 0\.4 s: .*refused\. Start the server") as error:
         TCPPeer(address, rank=1, size=2, max_frame_bytes=100, connect_timeout_s=0.4)
     assert error.value.ranks == (0,)
 
@@ -361,6 +361,18 @@ def test_a_peer_comes_back_by_itself_and_what_was_on_its_way_is_gone(made, secre
             wait_until(lambda count=count: server.connections(1) == count + 1)
             assert (server.connected, peer.connected) == ({1}, {0})
             assert server.lost == peer.lost == frozenset()
+
+
+def test_a_peer_that_is_ended_again_and_again_comes_ever_more_seldom(made):
+    server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=SECRET)
+    peer = peer_of(server, 1, secret=SECRET, max_frame_bytes=101)
+    made += [server, peer]
+    for count in range(1, 6):
+        wait_until(lambda count=count: peer.connections(0) == count)
+        pause_s = peer._pause_s
+        peer.send(0, torch.zeros(101, dtype=torch.uint8))
+        wait_until(lambda count=count: server.refused == {"too long": count})
+        wait_until(lambda pause_s=pause_s: peer._pause_s > pause_s)
 
 
 def test_patience_ends(made):

@@ -96,7 +96,7 @@ def start(warm_python):
 
 @pytest.fixture
 def server():
-    made = TCPServer("127.0.0.1:0", size=SIZE, max_frame_bytes=LONGEST, secret=SECRET)
+    made = TCPServer("127.0.0.1:0", size=SIZE, max_frame_bytes=LONGEST, secret=SECRET, max_pending_bytes=4 * LONGEST)
     yield made
     made.close(1.0)
 
@@ -213,7 +213,6 @@ def test_a_script_that_ends_without_a_close_loses_nothing(server, start):
         "transport = TCPPeer(address, rank=rank, size=size, max_frame_bytes=longest, secret=secret)\n"
         "for number in range(20): transport.send(0, torch.full((longest,), number, dtype=torch.uint8))\n"
     )
-    code = code.replace("max_frame_bytes=longest", "max_frame_bytes=longest, max_pending_bytes=1 << 30")
     script = start(code, server.address, 1)
     for number in range(20):
         source, got = server.receive(30.0)

@@ -1,7 +1,7 @@
 """One TCP connection after its handshake: sealed records in both directions, with a thread that writes.
 
-What waits to be written, and what was read and not yet taken, is bounded: who does not read is cut off when too much
-waits for him, and who is not read from any more has to wait, as TCP has it.
+What waits to be written, and what was read and not yet taken, can be bounded: who does not read is cut off when too
+much waits for him, and who is not read from any more has to wait, as TCP has it.
 """
 
 import collections
@@ -32,7 +32,7 @@ class Connection:
         outgoing: Seals what is sent.
         incoming: Opens what arrives.
         max_frame_bytes: A record that announces more is refused before any of it is read.
-        max_pending_bytes: More than that never waits to be written, but for a single frame.
+        max_pending_bytes: More than that never waits to be written, but for a single frame; None: any number.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Connection:
         incoming: Session,
         *,
         max_frame_bytes: int,
-        max_pending_bytes: int,
+        max_pending_bytes: int | None,
     ) -> None:
         self.is_broken = False
         self._stream = stream
@@ -64,7 +64,8 @@ class Connection:
             if self._finishing or self.is_broken:
                 return True
             waiting_bytes = self._queued_bytes + len(self._queue) * FRAME_COST_BYTES
-            fits = not waiting_bytes or waiting_bytes + frame.numel() <= self._max_pending_bytes
+            limit = self._max_pending_bytes
+            fits = limit is None or not waiting_bytes or waiting_bytes + frame.numel() <= limit
             if fits:
                 self._queue.append((kind, frame))
                 self._queued_bytes += frame.numel()

@@ -21,7 +21,7 @@ from distopt.errors import ConfigError, DistoptError
 log = logging.getLogger("distopt")
 
 _EXIT_S = 1.0  # what is queued when the script ends without `close` is given so long
-_PENDING_FRAMES = 4  # of the longest kind may wait in each direction of a connection
+_PENDING_FRAMES, _PENDING_BYTES = 16, 64 << 20  # so many of the longest kind may wait, or so much if that is more
 
 open_ends: "weakref.WeakSet[End]" = weakref.WeakSet()
 
@@ -42,7 +42,7 @@ class End:
         check_count("size", size, low=2, remedy="count the server and all its peers")
         check_count("max_frame_bytes", max_frame_bytes, low=1, remedy="give the length of the longest frame")
         if max_pending_bytes is None:
-            max_pending_bytes = max(_PENDING_FRAMES * max_frame_bytes, 1 << 20)
+            max_pending_bytes = max(_PENDING_FRAMES * max_frame_bytes, _PENDING_BYTES)
         check_count("max_pending_bytes", max_pending_bytes, low=1, remedy="leave it out")
         for name, value in (("silence_s", silence_s), ("handshake_s", handshake_s)):
             rule = "a positive number of seconds"
@@ -89,7 +89,7 @@ class End:
     def send(self, destination: int, frame: Tensor) -> None:
         """See `Transport.send`. A frame to a rank that is not connected is dropped, and any after `close`.
 
-        A rank for which more would wait than `max_pending_bytes` is cut off; it may connect again.
+        A peer for which more would wait than `max_pending_bytes` is cut off by the server; it may connect again.
         """
         self._check()
         check_frame(frame, min_bytes=0, max_bytes=self.max_frame_bytes)
@@ -99,7 +99,7 @@ class End:
         if destination == self.rank:
             self._inbox.put_now(self.rank, frame)
             return
-        link = self._links.get(destination)
+        link = self._link(destination)
         if link is not None and not link.send(FRAME, frame):
             self._refuse("slow reader", f"rank {destination}")
 
@@ -113,19 +113,23 @@ class End:
 
     def pending_bytes(self, destination: int) -> int:
         """See `Transport.pending_bytes`. What the other machine has acknowledged counts as taken."""
-        link = self._links.get(destination)
+        link = self._link(destination)
         return 0 if link is None else link.pending_bytes()
 
     def probe(self, destination: int) -> None:
         """See `Transport.probe`."""
         self._check()
-        link = self._links.get(destination)
+        link = self._link(destination)
         if link is not None and not link.pending_bytes():
             link.send(PROBE)
 
     def close(self, timeout_s: float) -> None:
         """See `Transport.close`. Frames that arrive meanwhile are dropped."""
         raise NotImplementedError
+
+    def _link(self, rank: int) -> Connection | None:
+        with self._lock:
+            return self._links.get(rank)
 
     def _check(self) -> None:
         if self._failure is not None:

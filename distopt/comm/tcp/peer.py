@@ -28,7 +28,8 @@ class TCPPeer(End):
         secret: The job secret (`read_secret`); without one the server must be at a loopback address.
         connect_timeout_s: So long it tries to connect at first.
         patience_s: So long it tries to come back, each time that the connection breaks.
-        max_pending_bytes: So much may wait in each direction; four frames by default.
+        max_pending_bytes: So much of the server may wait here; 16 of the longest frames by default, at least 64 MiB.
+            What this end sends may wait without a bound, as links may be slow; `pending_bytes` tells.
         silence_s: A server whose machine has been silent, or which has taken nothing that waits, is given up after so
             long, and connected to anew.
         handshake_s: For the handshake of one attempt.
@@ -68,6 +69,7 @@ class TCPPeer(End):
         self._connect_timeout_s = connect_timeout_s
         self._patience_s = patience_s
         self._random = random.Random()  # of its own: nobody's seeds are disturbed
+        self._pause_s = _FIRST_PAUSE_S
         self._stream: socket.socket | None = None
         self._decided = threading.Event()  # connected for the first time, or given up
         self._thread = threading.Thread(target=self._run, name="distopt-tcp-peer", daemon=True)
@@ -112,7 +114,12 @@ class TCPPeer(End):
             patience_s = self._connect_timeout_s
             while (link := self._connect(patience_s)) is not None:
                 self._decided.set()
+                begin = time.monotonic()
                 self._read(link)
+                if time.monotonic() - begin > _LONGEST_PAUSE_S:
+                    self._pause_s = _FIRST_PAUSE_S
+                else:  # a server may end it again and again, because of what it is sent
+                    self._pause(patience_s)
                 patience_s = self._patience_s
         except DistoptError as error:
             self._failure = error
@@ -126,28 +133,33 @@ class TCPPeer(End):
 
     def _connect(self, patience_s: float) -> Connection | None:
         """A connection that the server has welcomed; None once this end is closing."""
-        begin, pause_s, why = time.monotonic(), _FIRST_PAUSE_S, "nothing yet"
+        end, why = time.monotonic() + patience_s, ""
         while not self._closing.is_set():
+            left_s = end - time.monotonic()
             try:
-                return self._try_once(begin + patience_s - time.monotonic())
+                return self._try_once(left_s)
             except RefusedError as refusal:
                 self._refuse(refusal.reason, f"the server at {self.server}")
                 why = f"what listens there does not have the job secret ({refusal.reason})"
             except (NotYetError, OSError, UnicodeError) as error:
-                why = str(error) or type(error).__name__
-            left_s = begin + patience_s - time.monotonic()
+                had_no_time = isinstance(error, TimeoutError) and left_s < self._handshake_s
+                why = why if why and had_no_time else str(error) or type(error).__name__
+            left_s = end - time.monotonic()
             if left_s <= 0:
                 raise PeerLostError(
-                    f"rank {self.rank} has not reached the server at {self.server} for {patience_s:g} s; the last "
-                    f"attempt: {why}. Start the server, give the address that it prints, or wait longer "
+                    f"rank {self.rank} has not reached the server at {self.server} for {patience_s:g} s: "
+                    f"{why}. Start the server, give the address that it prints, or wait longer "
                     "(connect_timeout_s at first, patience_s to come back)",
                     (0,),
                 )
             log.info("rank %d: no connection to %s yet: %s", self.rank, self.server, why)
-            # Random, so that the peers of a server that was restarted do not all come in the same moment.
-            self._closing.wait(min(left_s, self._random.uniform(0.5, 1.0) * pause_s))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._pause(left_s)
         return None
+
+    def _pause(self, longest_s: float) -> None:
+        """Random, so that the peers of a server that was restarted do not all come in the same moment."""
+        self._closing.wait(min(longest_s, self._random.uniform(0.5, 1.0) * self._pause_s))
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _try_once(self, left_s: float) -> Connection:
         deadline = Deadline(max(0.01, min(self._handshake_s, left_s)))
@@ -161,7 +173,7 @@ class TCPPeer(End):
                 met.outgoing,
                 met.incoming,
                 max_frame_bytes=self.max_frame_bytes,
-                max_pending_bytes=self._max_pending_bytes,
+                max_pending_bytes=None,
             )
             welcome = link.read(deadline)
             if welcome is None or welcome[0] != WELCOME:

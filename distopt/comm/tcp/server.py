@@ -27,7 +27,8 @@ class TCPServer(End):
         size: Number of ranks, this one included. Peers that say otherwise are refused.
         max_frame_bytes: Length of the longest frame. Who announces a longer one is cut off at once.
         secret: The job secret (`read_secret`); without one `listen` must be a loopback address.
-        max_pending_bytes: So much may wait for each peer, and so much of each peer; four frames by default.
+        max_pending_bytes: So much may wait for each peer, or it is cut off, and so much of each peer, or it has to
+            wait; 16 of the longest frames by default, at least 64 MiB.
         silence_s: A machine that has been silent, or whose process has taken nothing that waits for it, is given up
             after so long.
         handshake_s: Who has not shown who he is after so long is ended.
@@ -203,6 +204,7 @@ class TCPServer(End):
                 return False
             if number < self._link_numbers.get(rank, 0):  # somebody has held its end back until now
                 return False
+            link.send(WELCOME)  # before anybody else can say something on this connection
             self._links[rank] = link
             self._link_numbers[rank] = number
             self._connections[rank] += 1
@@ -210,7 +212,6 @@ class TCPServer(End):
                 before.finish(REPLACED)
                 self._retired.append((time.monotonic() + self._silence_s, before))
         self._inbox.wake()
-        link.send(WELCOME)
         return True
 
     def _read(self, rank: int, link: Connection) -> None:
