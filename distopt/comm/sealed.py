@@ -314,9 +314,8 @@ class Sealed:
         peer.asked = None
         self._send_sealed(rank, peer.outgoing, _CONFIRM, torch.frombuffer(bytearray(nonces), dtype=torch.uint8))
         while peer.waiting:
-            frame = peer.waiting.popleft()
-            self._send_sealed(rank, peer.outgoing, _FRAME, frame)
-            peer.waiting_bytes -= frame.numel()
+            self._send_sealed(rank, peer.outgoing, _FRAME, peer.waiting[0])
+            peer.waiting_bytes -= peer.waiting.popleft().numel()  # not before: `close` looks whether anything waits
 
     def _ask_again(self) -> None:
         now = time.monotonic()
