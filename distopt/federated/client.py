@@ -202,12 +202,16 @@ class Client:
 
     def _gradients(self, model: nn.Module, parameters: list[nn.Parameter], batch: Batch) -> tuple[Tensor, ...]:
         """Of the objective, at the parameters as they are."""
-        loss = scalar(self.loss(model, batch))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradients = self.loss_gradients(model, parameters, batch)
         if not self.weight_decay:
             return gradients
         pairs = zip(gradients, parameters, strict=True)
         return tuple(g.add(p.detach(), alpha=self.weight_decay) for g, p in pairs)
+
+    def loss_gradients(self, model: nn.Module, parameters: list[nn.Parameter], batch: Batch) -> tuple[Tensor, ...]:
+        """Of the mean loss of a batch, at the parameters as they are."""
+        loss = scalar(self.loss(model, batch))
+        return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
 
 
 def kept_names(algorithm: FederatedAlgorithm, uplink: UplinkCompression | None) -> tuple[str, ...]:

@@ -3,30 +3,38 @@
 `JOB` is JSON: the algorithm, the number of rounds, what differs from the defaults, and for a rank what happens to it.
 """
 
+import dataclasses
 import json
 import os
+import pickle
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
+from distopt.comm import TCPPeer, read_secret
 from distopt.federated import (
     Bernoulli,
     ClientData,
     DirichletPartition,
     Everybody,
     FederatedAlgorithm,
+    Layout,
     LocalTraining,
+    Participation,
     Service,
     Simulation,
     UplinkCompression,
     take_part,
 )
 from distopt.federated.execution import LoopTrainer
+from distopt.federated.network import letters
+from distopt.federated.network.serve import longest_frame
 
 CLIENTS = 9
 _rng = np.random.default_rng(0)
@@ -48,6 +56,20 @@ def evaluate(model):
     return {"accuracy": (model(INPUTS).argmax(1) == LABELS).double().mean()}
 
 
+class Listed(Participation, name="listed-in-a-test"):
+    """These participants, round by round."""
+
+    def __init__(self, rounds):
+        self._rounds = rounds
+
+    def to_dict(self):
+        return {"participation": "listed-in-a-test"}
+
+    def begin(self, num_clients, seed=0):
+        rounds = iter(self._rounds)
+        return SimpleNamespace(num_clients=num_clients, next_round=lambda: np.array(next(rounds), dtype=np.int64))
+
+
 def settings(job):
     chance = job.get("chance")
     return {
@@ -62,9 +84,11 @@ def settings(job):
     }
 
 
-def simulated(job):
-    """The history's rows and the model of the same job in one process."""
+def simulated(job, participants=None):
+    """The history's rows and the model of the same job in one process, with these participants if given."""
     made = settings(job)
+    if participants is not None:
+        made["participation"] = Listed(participants)
     history = Simulation(**made, mode="loop").run(job["rounds"])
     return history.rows, vector(made["model"])
 
@@ -79,7 +103,8 @@ def hurt(fault, out):
 
     def trained(self, broadcast, clients):
         (client,) = clients
-        if broadcast.version in fault["versions"] and client in fault.get("clients", [client]):
+        hit = broadcast.version in fault["versions"] and client in fault.get("clients", [client])
+        if hit:
             (out / f"hurt-{client}-{broadcast.version}").touch()
             if fault["what"] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -90,11 +115,61 @@ def hurt(fault, out):
             if fault["what"] == "fails":
                 raise ZeroDivisionError("of this site")
         (reply,) = train(self, broadcast, clients)
-        if broadcast.version in fault["versions"] and fault["what"] == "nan":
+        if hit and fault["what"] == "nan":
             reply.tensors["delta"][3] = float("nan")
         return [reply]
 
     LoopTrainer.train = trained
+
+
+class Liar:
+    """A transport of a site that does more than it should, with what it says at each reply; else as the real one."""
+
+    def __init__(self, transport, lies):
+        self._transport, self._lies, self._sent = transport, lies, []
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def send(self, destination, frame):
+        letter = letters.decode(frame)
+        for lie in self._lies if isinstance(letter, letters.Answer) else ():
+            self._lie(lie, destination, frame, letter)
+        if "shape" not in self._lies or not isinstance(letter, letters.Answer):
+            self._transport.send(destination, frame)
+        self._sent.append(frame)
+
+    def _lie(self, lie, destination, frame, answer):
+        reply = answer.reply
+        changed = {
+            "stranger": {"client": CLIENTS + 3},
+            "other": {"client": (reply.client + 1) % CLIENTS},
+            "future": {"version": reply.version + 1},
+            "shape": {"tensors": {**reply.tensors, "delta": reply.tensors["delta"][1:].clone()}},
+        }
+        if lie == "garbage":
+            frame = torch.from_numpy(np.random.default_rng(reply.version).integers(0, 256, 1000).astype(np.uint8))
+        elif lie == "replay" and self._sent:
+            answers = [f for f in self._sent if isinstance(letters.decode(f), letters.Answer)]
+            if not answers:
+                return
+            frame = answers[-1]
+        elif lie == "pickle":
+            frame = torch.frombuffer(bytearray(pickle.dumps(Bomb())), dtype=torch.uint8)
+        elif lie == "sender":
+            frame = letters.encode(dataclasses.replace(answer, sender=3 - self.rank))
+        elif lie == "session":
+            frame = letters.encode(dataclasses.replace(answer, session="0" * 16))
+        elif lie in changed:
+            frame = letters.encode(dataclasses.replace(answer, reply=dataclasses.replace(reply, **changed[lie])))
+        self._transport.send(destination, frame)
+
+
+class Bomb:
+    """What creates a file where it is unpickled."""
+
+    def __reduce__(self):
+        return (open, (os.environ.get("BOMB", "bomb"), "w"))
 
 
 def serve_until(job, out, **changed):
@@ -102,22 +177,39 @@ def serve_until(job, out, **changed):
 
     def progress(row):
         print("round", row["round"], flush=True)
-        if row["round"] == job.get("kill_server_after"):
+        (out / f"round-{row['round']}").touch()
+        while row["round"] == job.get("pause_after") and not (out / "go").exists():
+            time.sleep(0.01)
+        if row["round"] == job.get("kill_server_after") and not (out / "killed").exists():
+            (out / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if "tcp" in job:
+        made.update(listen=f"127.0.0.1:{job['tcp']}", sites=job["sites"])
     if "checkpoint" in job:
         made.update(checkpoint=out / "run.pt", checkpoint_every=job["checkpoint"])
     with Service(**made, progress=progress) as service:
         service.resume()
         history = service.run(job["rounds"])
-        counted = {"refused": service.refused, "sent": service.bytes_sent, "received": service.bytes_received}
+        counted = {"refused": dict(service.refused), "sent": service.bytes_sent, "received": service.bytes_received}
     return made["model"], history, counted
 
 
-def take_part_in(job, rank, **changed):
+def take_part_in(job, rank, out, **changed):
     made = settings(job)
     for name in ("participation", "evaluate"):
         del made[name]
+    if "tcp" in job:
+        made.update(server=f"127.0.0.1:{job['tcp']}", rank=rank, sites=job["sites"])
+    if lies := job.get("lies", {}).get(str(rank)):
+        real = TCPPeer(
+            made.pop("server"), rank=made.pop("rank"), size=1 + made.pop("sites"), secret=read_secret(),
+            max_frame_bytes=longest_frame(Layout(made["model"])),
+        )  # fmt: skip
+        made["transport"] = Liar(real, lies)
+        os.environ.pop("DISTOPT_JOB_SECRET")  # TCP has it already
+    if job.get("journal"):
+        made["checkpoint"] = out / f"site-{rank}.pt"
     return take_part(**{**made, **job.get("site", {}), **changed})
 
 
@@ -131,8 +223,7 @@ def main():
         model, history, counted = serve_until(job, out)
         torch.save({"rows": history.rows, "model": vector(model), **counted}, out / "server.pt")
     else:
-        took = take_part_in(job, rank)
-        print(took, flush=True)
+        print(take_part_in(job, rank, out), flush=True)
     print("done", flush=True)
 
 

@@ -1,7 +1,10 @@
 """Server and sites as real processes: the simulation's result to the bit, whatever starts them, and faults."""
 
+import contextlib
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from example_ranks import free_port
 from mpirun import needs_mpi
 
 DEADLINE_S = 60
+SECRET = "a secret of the tests, long enough"
 RANK = "from network_job import main; main()"
 
 
@@ -29,19 +33,36 @@ def environment(**changed):
 class Job:
     """Ranks without an agent, which would end them all with the first one that dies."""
 
-    def __init__(self, warm_python, out, size, **job):
+    def __init__(self, warm_python, out, size, *, tcp=False, secret=SECRET, without=(), **job):
+        if tcp:
+            job.update(tcp=free_port(), sites=size - 1)
         self.out, self.job = out, job
         self.warm_python = warm_python
         self.common = {
             "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1",
+            "BOMB": str(out / "bomb"), **({"DISTOPT_JOB_SECRET": secret} if secret else {}),
         }  # fmt: skip
         self.end = time.monotonic() + DEADLINE_S
-        self.ranks = [self.start(rank) for rank in range(size)]
+        self.ranks = [self.start(rank) for rank in range(size) if rank not in without]
 
-    def start(self, rank):
+    def start(self, rank, job=None, **environment):
         return self.warm_python.start(
-            RANK, json.dumps(self.job), self.out, RANK=str(rank), LOCAL_RANK=str(rank), **self.common
-        )
+            RANK, json.dumps(self.job if job is None else job), self.out, RANK=str(rank), LOCAL_RANK=str(rank),
+            **{**self.common, **environment},
+        )  # fmt: skip
+
+    def again(self, rank, **environment):
+        """The same rank once more, unhurt."""
+        self.ranks[rank].wait(10)
+        self.ranks[rank] = self.start(rank, {**self.job, "faults": {}}, **environment)
+
+    def until(self, name):
+        while not (self.out / name).exists():
+            assert time.monotonic() < self.end, f"no {name}: {self.said()}"
+            time.sleep(0.01)
+
+    def go(self):
+        (self.out / "go").touch()
 
     def __enter__(self):
         return self
@@ -74,12 +95,31 @@ def check_simulated(found, job):
     assert torch.equal(found["model"], model)
 
 
-@pytest.mark.parametrize("name", ["fedau", "scaffold", "fedspeed"])
-def test_gloo_ranks_are_the_simulation_to_the_bit(warm_python, tmp_path, name):
-    job = {"algorithm": MADE[name].to_dict(), "rounds": 5, "chance": 0.6, "compressed": name == "scaffold"}
-    with Job(warm_python, tmp_path, 4, **job) as ranks:
+def check_of_participants(found, job):
+    """What the server made is what the simulation makes of those who took part, to the bit."""
+    rows, model = simulated(job, [row["participants"] for row in found["rows"]])
+    assert torch.equal(found["model"], model)
+    for row, expected in zip(found["rows"], rows, strict=True):
+        assert row["accuracy"] == expected["accuracy"]
+
+
+def described(name):
+    return MADE[name].to_dict()
+
+
+# -- the same result, whatever carries it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("fedau", {}), ("fedspeed", {"secret": ""}), ("scaffold", {"tcp": True, "compressed": True})],
+)
+def test_ranks_are_the_simulation_to_the_bit(warm_python, tmp_path, name, more):
+    job = {"algorithm": described(name), "rounds": 5, "chance": 0.6}
+    with Job(warm_python, tmp_path, 4, **job, **more) as ranks:
         assert ranks.finish() == [0] * 4, ranks.said()
-        check_simulated(ranks.found(), job)
+        check_simulated(ranks.found(), {**job, **more})
+        assert ranks.found()["refused"] == {}
 
 
 @pytest.mark.job
@@ -104,3 +144,178 @@ def test_mpirun(tmp_path):
     said = mpirun.finish(ran)
     assert ran.returncode == 0, said
     check_simulated(torch.load(tmp_path / "server.pt", weights_only=True), job)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+SITE_2 = [1, 4, 7]  # whom rank 2 of 4 hosts
+
+
+@pytest.mark.parametrize("tcp", [True, pytest.param(False, marks=pytest.mark.job)], ids=["tcp", "gloo"])
+def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_path, tcp):
+    fault = {"what": "killed", "versions": [2], "clients": [4]}
+    job = {"algorithm": described("fedau"), "rounds": 5, "faults": {"2": fault}}
+    with Job(warm_python, tmp_path, 4, tcp=tcp, **job) as ranks:
+        assert ranks.finish() == [0, 0, -9, 0], ranks.said()
+        found = ranks.found()
+        took = [row["participants"] for row in found["rows"]]
+        others = [c for c in range(9) if c not in SITE_2]
+        assert took[:2] == [list(range(9))] * 2
+        assert set(others) <= set(took[2]) <= {*others, 1}
+        assert took[3:] == [others, others]
+        check_of_participants(found, job)
+
+
+@pytest.mark.parametrize("name", ["fedau", "scaffold"])
+@pytest.mark.job
+def test_a_site_that_comes_back_takes_part_again(warm_python, tmp_path, name):
+    fault = {"what": "killed", "versions": [1], "clients": [4]}
+    job = {"algorithm": described(name), "rounds": 6, "faults": {"2": fault}, "journal": True, "pause_after": 3}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        ranks.until("round-3")
+        ranks.again(2)
+        time.sleep(2)
+        ranks.go()
+        assert ranks.finish() == [0] * 4, ranks.said()
+        found = ranks.found()
+        took = [row["participants"] for row in found["rows"]]
+        assert not set(SITE_2) & set(took[1] + took[2])
+        assert took[-1] == list(range(9))
+        check_of_participants(found, job)  # SCAFFOLD's too: the site's file has what its clients kept
+
+
+@pytest.mark.job
+def test_a_site_that_never_answers_is_not_waited_for_beyond_the_deadline(warm_python, tmp_path):
+    fault = {"what": "frozen", "versions": [1], "clients": [1]}
+    job = {"algorithm": described("fedau"), "rounds": 5, "faults": {"2": fault}, "server": {"deadline_s": 1.0}}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish(0, 1, 3) == [0] * 3, ranks.said()
+        found = ranks.found()
+        assert [row["participants"] for row in found["rows"]][1:] == [[0, 2, 3, 5, 6, 8]] * 4
+        check_of_participants(found, job)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+@pytest.mark.job
+def test_a_site_that_is_late_is_refused_and_takes_part_later(warm_python, tmp_path, transport):
+    fault = {"what": "slow", "versions": [1], "clients": [1], "seconds": 2.5}
+    job = {"algorithm": described("fedau"), "rounds": 12, "faults": {"2": fault}, "server": {"deadline_s": 1.0}}
+    job["faults"]["1"] = {"what": "slow", "versions": list(range(2, 12)), "clients": [0], "seconds": 0.3}
+    with Job(warm_python, tmp_path, 4, tcp=transport == "tcp", **job) as ranks:
+        assert ranks.finish() == [0] * 4, ranks.said()
+        found = ranks.found()
+        assert found["refused"].keys() == {"late"}
+        took = [row["participants"] for row in found["rows"]]
+        assert 1 not in took[1]
+        assert took[-1] == list(range(9))
+        check_of_participants(found, job)
+
+
+@pytest.mark.job
+def test_replies_with_nan_are_refused(warm_python, tmp_path):
+    fault = {"what": "nan", "versions": [1, 2], "clients": [1, 7]}
+    job = {"algorithm": described("fedau"), "rounds": 4, "faults": {"2": fault}, "compressed": True}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish() == [0] * 4, ranks.said()
+        found = ranks.found()
+        assert [row["refused"] for row in found["rows"]] == [0, 2, 2, 0]
+        assert found["refused"] == {"not finite": 4}
+
+
+LIES = ["stranger", "other", "future", "garbage", "replay", "pickle", "sender", "session"]
+
+
+def test_what_is_no_reply_of_this_site_and_round_is_refused_and_changes_nothing(warm_python, tmp_path):
+    job = {"algorithm": described("scaffold"), "rounds": 4, "lies": {"2": LIES}}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish() == [0] * 4, ranks.said()
+        found = ranks.found()
+        assert torch.equal(found["model"], simulated(job)[1])
+        assert not (tmp_path / "bomb").exists()
+        counted = found["refused"]
+        assert counted["not its client"] == 4 * 3 * 2
+        assert counted["no letter"] == 4 * 3 * 3
+        assert counted["another session"] == 4 * 3
+        assert counted["another version"] == 4 * 3
+        assert counted["duplicate"] + counted.get("late", 0) == 4 * 3 - 1
+        assert sum(row["refused"] for row in found["rows"]) <= sum(counted.values())
+
+
+@pytest.mark.job
+def test_a_reply_of_another_shape_is_refused(warm_python, tmp_path):
+    job = {"algorithm": described("fedau"), "rounds": 2, "lies": {"2": ["shape"]}}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish() == [0] * 4, ranks.said()
+        found = ranks.found()
+        assert found["refused"] == {"shape": 6}
+        simulated_without = simulated(job, [[0, 2, 3, 5, 6, 8]] * 2)[1]
+        assert torch.equal(found["model"], simulated_without)
+
+
+@pytest.mark.job
+def test_garbage_and_huge_announcements_at_the_port_change_nothing(warm_python, tmp_path):
+    job = {"algorithm": described("fedau"), "rounds": 4, "pause_after": 2}
+    with Job(warm_python, tmp_path, 3, tcp=True, **job) as ranks:
+        ranks.until("round-2")
+        for sent in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), struct.pack("<4sQ", b"DOPT", 2**31) * 20):
+            with socket.create_connection(("127.0.0.1", int(ranks.job["tcp"])), 5) as stream:
+                stream.sendall(sent)
+                with contextlib.suppress(OSError):
+                    stream.recv(1000)
+        ranks.go()
+        assert ranks.finish() == [0] * 3, ranks.said()
+        check_simulated(ranks.found(), job)
+        assert sum(ranks.found()["refused"].values()) >= 3
+
+
+def test_who_lacks_the_secret_is_refused_and_counted(warm_python, tmp_path):
+    job = {"algorithm": described("fedau"), "rounds": 2, "server": {"fewest_sites": 1}, "pause_after": 1}
+    job["site"] = {"wait_s": 3.0}
+    with Job(warm_python, tmp_path, 3, tcp=True, without=[2], **job) as ranks:
+        ranks.ranks.append(ranks.start(2, DISTOPT_JOB_SECRET="another secret, long enough too"))
+        assert ranks.finish(2) == [1]
+        assert "does not have the job secret" in ranks.ranks[2]._written()[1]
+        ranks.go()
+        assert ranks.finish(0, 1) == [0, 0], ranks.said()
+        assert sum(ranks.found()["refused"].values()) >= 1
+        assert [row["participants"] for row in ranks.found()["rows"]] == [[0, 2, 4, 6, 8]] * 2
+
+
+@pytest.mark.job
+def test_over_gloo_too_nobody_is_heard_without_the_secret(warm_python, tmp_path):
+    job = {"algorithm": described("fedau"), "rounds": 2, "server": {"fewest_sites": 1, "wait_s": 20.0}}
+    job["site"] = {"wait_s": 4.0}
+    with Job(warm_python, tmp_path, 3, without=[2], **job) as ranks:
+        ranks.ranks.append(ranks.start(2, DISTOPT_JOB_SECRET="another secret, long enough too"))
+        assert ranks.finish() == [0, 0, 1], ranks.said()
+        assert "has said nothing for 4 s" in ranks.ranks[2]._written()[1]
+        assert ranks.found()["refused"].keys() == {"tampered"}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("scaffold", {"compressed": True}),
+        pytest.param("fedau", {"chance": 0.5}, marks=pytest.mark.job),
+        pytest.param("fedspeed", {"chance": 0.5}, marks=pytest.mark.job),
+    ],
+)
+def test_a_server_that_is_killed_and_started_again_makes_the_same_history(warm_python, tmp_path, name, more):
+    job = {"algorithm": described(name), "rounds": 8, "checkpoint": 2, "kill_server_after": 5, **more}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish(0) == [-9], ranks.said()
+        ranks.again(0)
+        assert ranks.finish() == [0] * 4, ranks.said()
+        check_simulated(ranks.found(), job)
+
+
+@pytest.mark.job
+def test_a_site_that_fails_says_why_and_the_others_go_on(warm_python, tmp_path):
+    fault = {"what": "fails", "versions": [1], "clients": [1]}
+    job = {"algorithm": described("fedau"), "rounds": 3, "faults": {"2": fault}}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish() == [0, 0, 1, 0], ranks.said()
+        found = ranks.found()
+        assert [row["participants"] for row in found["rows"]][1:] == [[0, 2, 3, 5, 6, 8]] * 2
+        assert "rank 2 does not take part any more: ZeroDivisionError: of this site" in ranks.ranks[0]._written()[1]
+        check_of_participants(found, job)

@@ -1,7 +1,7 @@
 """Which process of a job is what: rank 0 serves, every other rank is a site, or one of several that share a site.
 
 Under torchrun the ranks are those of torch.distributed, which is initialised here if the script has not done it; under
-mpirun those of MPI.
+mpirun those of MPI. By TCP a server listens at an address, and every site says which rank it is.
 """
 
 import os
@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from distopt.comm import Transport, end_quietly, find_job
+from distopt.comm import Sealed, TCPPeer, TCPServer, Transport, end_quietly, find_job, read_secret
 from distopt.config import check_count
 from distopt.errors import CompatibilityError, ConfigError
 from distopt.federated.network.letters import SERVER
@@ -47,7 +47,7 @@ class Seat:
     @property
     def leads(self) -> bool:
         """Whether this process speaks with the server for its site."""
-        return (self.rank - 1) % self.ranks_per_site == 0
+        return self.rank in self.leaders
 
     @property
     def num_sites(self) -> int:
@@ -65,19 +65,27 @@ class Seat:
         return list(range(1, self.size, self.ranks_per_site))
 
 
-def find_seat(transport: str | Transport = "auto", *, ranks_per_site: int = 1, wait_s: float = 60.0) -> Seat:
+def find_seat(
+    transport: str | Transport = "auto",
+    *,
+    ranks_per_site: int = 1,
+    wait_s: float = 60.0,
+    secret: bytes | None = None,
+) -> Seat:
     """The seat of this process in the job that a launcher started, or in that of an open transport.
 
     Args:
         transport: "gloo", "mpi", a transport that is open already, or "auto" for the one of the launcher.
         ranks_per_site: More than one: these train each client's batches together; gloo only.
         wait_s: How long the ranks may take to find each other.
+        secret: Of the job; every frame is authenticated with it. That of the environment if left out.
 
     Raises:
         ConfigError: Nothing says what job this is, or its ranks cannot be shared out.
         CompatibilityError: mpi4py is missing.
     """
     check_count("ranks_per_site", ranks_per_site, low=1, remedy="use 1 where each process is a site")
+    secret = read_secret() if secret is None else secret
     launched = all(name in os.environ for name in _LAUNCHED)
     if transport in ("auto", "gloo") and launched and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=max(wait_s, 1.0)))
@@ -94,9 +102,72 @@ def find_seat(transport: str | Transport = "auto", *, ranks_per_site: int = 1, w
             f"{1 + ranks_per_site * -(-(job.size - 1) // ranks_per_site)} processes"
         )
     group = _own_group(job.rank, job.size, ranks_per_site)
-    seat = Seat(job.rank, job.size, ranks_per_site, lambda longest: job.open(longest, None), group=group)
-    peers = seat.leaders if seat.serves else [SERVER] if seat.leads else []
-    return Seat(job.rank, job.size, ranks_per_site, lambda longest: job.open(longest, peers), group=group)
+    leaders = range(1, job.size, ranks_per_site)
+    peers = list(leaders) if job.rank == SERVER else [SERVER] if job.rank in leaders else []
+
+    def opened(longest: int) -> Transport:
+        if secret is None:
+            return job.open(longest, peers)
+        return Sealed(job.open(longest + Sealed.OVERHEAD_BYTES, peers), secret)
+
+    may_return = isinstance(transport, TCPServer | TCPPeer)
+    return Seat(job.rank, job.size, ranks_per_site, opened, may_return=may_return, group=group)
+
+
+def serve_by_tcp(listen: str, sites: int | None, *, secret: bytes | None = None) -> Seat:
+    """The server's seat in a job whose sites connect to an address.
+
+    Raises:
+        ConfigError: The number of sites is not given.
+    """
+    size = 1 + _num_sites(sites)
+    secret = read_secret() if secret is None else secret
+    return Seat(
+        SERVER, size, 1, lambda longest: TCPServer(listen, size=size, max_frame_bytes=longest, secret=secret), True
+    )
+
+
+def join_by_tcp(
+    server: str,
+    rank: int | None,
+    sites: int | None,
+    *,
+    secret: bytes | None = None,
+    wait_s: float,
+    patience_s: float,
+) -> Seat:
+    """A site's seat in a job whose server listens at an address.
+
+    Raises:
+        ConfigError: The rank or the number of sites is not given.
+    """
+    size = 1 + _num_sites(sites)
+    secret = read_secret() if secret is None else secret
+    if rank is None:
+        raise ConfigError(
+            f"rank must be given beside server={server!r}, got None; number the sites from 1 to {size - 1}"
+        )
+    check_count("rank", rank, low=1, remedy="rank 0 is the server")
+
+    def opened(longest: int) -> Transport:
+        return TCPPeer(
+            server,
+            rank=rank,
+            size=size,
+            max_frame_bytes=longest,
+            secret=secret,
+            connect_timeout_s=wait_s,
+            patience_s=patience_s,
+        )
+
+    return Seat(rank, size, 1, opened, True)
+
+
+def _num_sites(sites: int | None) -> int:
+    if sites is None:
+        raise ConfigError("sites must be given for a job by TCP, got None; say how many sites it has, on every process")
+    check_count("sites", sites, low=1, remedy="say how many sites the job has")
+    return sites
 
 
 def _own_group(rank: int, size: int, ranks_per_site: int) -> dist.ProcessGroup | None:

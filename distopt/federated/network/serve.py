@@ -13,6 +13,7 @@ Limits: all float tensors of the model are averaged, on the CPU. A client's data
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -36,8 +37,16 @@ from distopt.federated.network.journal import Journal
 from distopt.federated.network.letters import TALK_BYTES
 from distopt.federated.network.remote_cohort import RemoteCohort
 from distopt.federated.network.roster import Roster
-from distopt.federated.network.seats import Seat, check_serves, check_takes_part, find_seat
+from distopt.federated.network.seats import (
+    Seat,
+    check_serves,
+    check_takes_part,
+    find_seat,
+    join_by_tcp,
+    serve_by_tcp,
+)
 from distopt.federated.network.site import Attendance, Site
+from distopt.federated.network.site_group import GroupTrainer, follow, say_end, say_settings
 from distopt.federated.participation import Everybody, Participation
 from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.randomness import check_seed
@@ -74,7 +83,11 @@ class Service:
         deadline_s: How long a client may take to answer. Who takes longer does not take part in that round.
         wait_s: How long the sites may take to say hello at the start.
         fewest_sites: How many must have by then; all if left out.
-        transport: "gloo" under torchrun, "mpi" under mpirun, "auto" for either, or an open one.
+        transport: "gloo" under torchrun, "mpi" under mpirun, "auto" for either, or an open one. Or
+        listen: "host:port", where sites connect by TCP: an address of this machine, on the interface they come by.
+        sites: How many sites there are, with `listen`.
+        secret: Of the job, at least 16 bytes: who has it may take part, and every message is authenticated. That of
+            DISTOPT_JOB_SECRET or DISTOPT_JOB_SECRET_FILE if left out; by TCP needed beyond this machine.
         ranks_per_site: How many ranks share a site, see `take_part`.
 
     Raises:
@@ -105,6 +118,9 @@ class Service:
         wait_s: float = 60.0,
         fewest_sites: int | None = None,
         transport: str | Transport = "auto",
+        listen: str | None = None,
+        sites: int | None = None,
+        secret: bytes | None = None,
         ranks_per_site: int = 1,
     ) -> None:
         check_settings(evaluate_every=evaluate_every, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
@@ -135,8 +151,17 @@ class Service:
         )
         check_job(algorithm, facts)
         drawn = (participation or Everybody()).begin(count, seed)
-        seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s)
+        _check_one_way(transport, ranks_per_site, listen=listen)
+        if listen is not None:
+            seat = serve_by_tcp(listen, sites, secret=secret)
+        else:
+            seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s, secret=secret)
         check_serves(seat)
+        if seat.num_sites > count:
+            raise ConfigError(
+                f"there must be at most one site for each of the {count} clients, got {seat.num_sites}; start fewer "
+                "processes"
+            )
         if fewest_sites is not None:
             check_count("fewest_sites", fewest_sites, low=1, remedy="leave it out to wait for all")
         settings = {
@@ -217,8 +242,14 @@ class Service:
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """How many messages did not count, by reason."""
-        return self._rounds.refused
+        """How many messages, and connections by TCP, did not count, by reason."""
+        unheard = Counter[str](getattr(self._transport, "refused", {}))
+        return dict(Counter(self._rounds.refused) + self._roster.refused + unheard)
+
+    @property
+    def address(self) -> str:
+        """Where sites connect by TCP; empty where they do not."""
+        return str(getattr(self._transport, "address", ""))
 
     @property
     def sites(self) -> Sequence[int]:
@@ -302,6 +333,10 @@ def take_part(
     wait_s: float = 60.0,
     patience_s: float = 3600.0,
     transport: str | Transport = "auto",
+    server: str | None = None,
+    rank: int | None = None,
+    sites: int | None = None,
+    secret: bytes | None = None,
     ranks_per_site: int = 1,
 ) -> Attendance | None:
     """Trains the clients that this process hosts, on every rank but 0, until the server ends the job.
@@ -320,7 +355,11 @@ def take_part(
         checkpoint: A file of this site that holds what its clients keep, for a site that is started again.
         wait_s: How long the server may take to answer at the start.
         patience_s: How long the server may be silent, or gone where it can come back.
-        transport: See `Service`.
+        transport: See `Service`. Or
+        server: "host:port" where the server listens by TCP.
+        rank: Of this site, from 1 to `sites`, with `server`.
+        sites: How many sites there are, with `server`.
+        secret: See `Service`.
         ranks_per_site: So many ranks, 1 to n, n + 1 to 2 n and so on, are one site: each trains a share of every batch,
             and their gradients are averaged. Their result is the simulation's up to rounding.
 
@@ -342,10 +381,14 @@ def take_part(
     _check_seconds(wait_s=wait_s, patience_s=patience_s)
     layout = Layout(model, exclude)
     check_all_averaged(model, layout, "a service")
-    seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s)
+    _check_one_way(transport, ranks_per_site, server=server)
+    if server is not None:
+        seat = join_by_tcp(server, rank, sites, secret=secret, wait_s=wait_s, patience_s=patience_s)
+    else:
+        seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s, secret=secret)
     check_takes_part(seat)
-    hosts, data = _hosted(clients, hosts, seat)
-    opened = seat.open(longest_frame(layout))
+    group = seat.group
+    hosted, data = _hosted(clients, hosts, seat)
     given = {
         "algorithm": None if algorithm is None else algorithm.to_dict(),
         "local": None if local is None else local.to_dict(),
@@ -354,28 +397,40 @@ def take_part(
     }
     whole = data is clients
 
+    def train(settings: Mapping[str, Any]) -> LoopTrainer:
+        made = {
+            "model": model,
+            "layout": layout,
+            "algorithm": FederatedAlgorithm.from_dict(settings["algorithm"]),
+            "local": LocalTraining.from_dict(settings["local"]),
+            "data": data,
+            "loss": loss or cross_entropy,
+            "seed": settings["seed"],
+            "uplink": None if settings["uplink"] is None else UplinkCompression.from_dict(settings["uplink"]),
+            "folder": folder,
+        }
+        return LoopTrainer(**made) if group is None else GroupTrainer(group, **made)
+
     def build(settings: Mapping[str, Any]) -> tuple[Trainer, Journal]:
-        trainer = LoopTrainer(
-            model=model,
-            layout=layout,
-            algorithm=FederatedAlgorithm.from_dict(settings["algorithm"]),
-            local=LocalTraining.from_dict(settings["local"]),
-            data=data,
-            loss=loss or cross_entropy,
-            seed=settings["seed"],
-            uplink=None if settings["uplink"] is None else UplinkCompression.from_dict(settings["uplink"]),
-            folder=folder,
-        )
+        trainer = train(settings)
         rehearse(trainer)
-        journal = Journal(trainer.kept, checkpoint, {"settings": plain(settings), "hosts": list(hosts)})
+        if group is not None:
+            say_settings(plain(settings), group)
+        journal = Journal(trainer.kept, checkpoint, {"settings": plain(settings), "hosts": list(hosted)})
         journal.read()
         return trainer, journal
 
+    opened = seat.open(longest_frame(layout))
     try:
+        if not seat.leads:
+            assert group is not None
+            follow(group, train)
+            return None
+        whole = data is clients
         site = Site(
             opened,
-            hosts=hosts,
-            samples=[data.num_samples(client) for client in hosts],
+            hosts=hosted,
+            samples=[data.num_samples(client) for client in hosted],
             facts=facts_of(
                 model=model,
                 layout=layout,
@@ -388,7 +443,11 @@ def take_part(
             patience_s=patience_s,
             may_return=seat.may_return,
         )
-        return site.take_part()
+        try:
+            return site.take_part()
+        finally:
+            if group is not None:
+                say_end(group)
     finally:
         opened.close(_CLOSE_S)
 
@@ -424,6 +483,16 @@ def _hosted(clients: ClientData, hosts: Sequence[int] | None, seat: Seat) -> tup
             f"clients, or of the {len(listed)} that are hosted alone"
         )
     return listed, clients
+
+
+def _check_one_way(transport: str | Transport, ranks_per_site: int, **address: str | None) -> None:
+    ((name, given),) = address.items()
+    if given is not None and transport != "auto":
+        raise ConfigError(f"one of transport and {name} says how processes talk, got both; leave transport out")
+    if given is not None and ranks_per_site != 1:
+        raise ConfigError(
+            f"ranks_per_site must be 1 beside {name}, got {ranks_per_site}; sites of several ranks are torchrun's"
+        )
 
 
 def _num_clients(clients: ClientData | None, num_clients: int | None) -> int:
