@@ -42,8 +42,10 @@ INPUTS = torch.from_numpy(_rng.standard_normal((200, 6)))
 LABELS = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0).long()
 
 
-def build(width=8):
+def build(width=8, *, plain=False):
     torch.manual_seed(0)
+    if plain:
+        return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).double()
     layers = nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, 3)
     return nn.Sequential(*layers).double()
 
@@ -73,7 +75,7 @@ class Listed(Participation, name="listed-in-a-test"):
 def settings(job):
     chance = job.get("chance")
     return {
-        "model": build(job.get("width", 8)),
+        "model": build(plain=job.get("plain", False)),
         "clients": data(),
         "algorithm": FederatedAlgorithm.from_dict(job["algorithm"]),
         "local": LocalTraining(steps=3, batch_size=8, lr=0.1, drop_last=True),

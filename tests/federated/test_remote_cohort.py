@@ -1,5 +1,6 @@
 """Server and sites over queues in one process: the simulation's history and model to the bit, and what is refused."""
 
+import re
 import threading
 
 import numpy as np
@@ -9,15 +10,19 @@ from test_algorithm_laws import NOISELESS
 from torch import nn
 
 from distopt.comm import InProcess
+from distopt.errors import ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.federated import (
+    AfterArrivals,
     Bernoulli,
     ClientData,
     DirichletPartition,
+    FederatedAlgorithm,
     LocalTraining,
     Service,
     Simulation,
     Synchronous,
     UplinkCompression,
+    serve,
     take_part,
 )
 
@@ -108,3 +113,231 @@ def test_it_is_the_simulation_to_the_bit(name, uplink):
     assert torch.equal(vector(model), vector(made["model"]))
     assert [found[rank].hosts for rank in (1, 2, 3)] == [(0, 3, 6, 9), (1, 4, 7, 10), (2, 5, 8, 11)]
     assert sum(each.replies for each in found.values()) == sum(len(row["participants"]) for row in history)
+
+
+def test_a_site_may_have_its_own_clients_data_alone_and_take_over_what_the_server_says():
+    whole = data()
+    hosts = {1: [3, 0, 7], 2: [1, 2, 4, 5, 6, 8, 9, 10, 11]}
+
+    def own(listed):
+        keep = np.concatenate([whole.parts[client] for client in listed])
+        ends = np.cumsum([len(whole.parts[client]) for client in listed])
+        parts = np.split(np.arange(len(keep)), ends[:-1])
+        return {"clients": ClientData(tuple(t[torch.from_numpy(keep)] for t in whole.tensors), parts), "hosts": listed}
+
+    algorithm = MADE["scaffold"]
+    site = {rank: own(listed) for rank, listed in hosts.items()}
+    model, history, found = served(algorithm, sites=2, site=site, clients=None, num_clients=CLIENTS)
+    made = settings(algorithm)
+    assert history == Simulation(**made, mode="loop").run(ROUNDS)
+    assert torch.equal(vector(model), vector(made["model"]))
+    assert [found[rank].hosts for rank in (1, 2)] == [tuple(hosts[1]), tuple(hosts[2])]
+
+
+def test_what_travels_is_counted():
+    server, end = InProcess.connect(2)
+    took = Sites([end], {})
+    made = settings(MADE["fedau"])
+    took.start()
+    with Service(**made, transport=server) as service:
+        service.run(2)
+    site = took.join()[1]
+    assert (site.bytes_sent, site.bytes_received) == (service.bytes_received, service.bytes_sent)
+    assert site.replies == sum(len(row["participants"]) for row in service.history)
+
+
+# -- not waiting for everybody -----------------------------------------------------------------------------------------
+
+HASTY = {name: each for name, each in MADE.items() if isinstance(each.pacing, AfterArrivals)}
+ROUNDS_OF = {name: 40 if each.pacing.count > 1 else 200 for name, each in HASTY.items()}
+
+
+@pytest.mark.parametrize("name", HASTY)
+def test_algorithms_that_do_not_wait_learn_on_a_real_clock(name):
+    model, history, found = served(HASTY[name], ROUNDS_OF[name], participation=None, evaluate_every=1000)
+    count = HASTY[name].pacing.count
+    assert {len(row["participants"]) for row in history} == {count}
+    times = [row["time_s"] for row in history]
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert history.last("accuracy") > 0.5
+    assert sum(each.replies for each in found.values()) >= ROUNDS_OF[name] * count
+    assert not torch.equal(vector(model), vector(build()))
+
+
+def test_fedfix_ends_a_round_when_the_interval_does():
+    seconds = 0.2
+    algorithm = FederatedAlgorithm.from_dict({"algorithm": "fedfix", "interval_s": seconds})
+    _, history, _ = served(algorithm, 5, participation=None)
+    times = [row["time_s"] for row in history]
+    assert all(time >= (number + 1) * seconds for number, time in enumerate(times))
+    assert sum(len(row["participants"]) for row in history) >= CLIENTS
+
+
+def test_a_synchronous_history_has_no_times():
+    assert all("time_s" not in row for row in served(MADE["fedau"], 1)[1])
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+def wider():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3)).double()
+
+
+def fewer():
+    whole = data()
+    return ClientData(whole.tensors, [*whole.parts[:4], whole.parts[4][1:], *whole.parts[5:]])
+
+
+def refused(site, **changed):
+    """What the server and the sites raise."""
+    server, *ends = InProcess.connect(3)
+    took = Sites(ends, site)
+    made = settings(MADE["fedau"], **changed)
+    took.start()
+    with pytest.raises(DistoptError) as raised, Service(**made, transport=server, wait_s=10.0) as service:
+        service.run(1)
+    return str(raised.value), took.join()
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            lambda: {"model": wider()},
+            r"got 0.weight \[8, 6\] torch.float64 trained and 0.weight \[9, 6\] torch.float64 trained as number 1 of",
+        ),
+        (lambda: {"model": build().float()}, r"got 0.weight \[8, 6\] torch.float64 .* and 0.weight .* torch.float32"),
+        (lambda: {"seed": 4}, "seed must be the same on the server and on rank 2, got 5 and 4"),
+        (lambda: {"local": LocalTraining(steps=4)}, "lr of local|batch_size of local|steps of local"),
+        (lambda: {"algorithm": MADE["fedvarp"]}, "algorithm of algorithm must be the same .* 'fedau' and 'fedvarp'"),
+        (lambda: {"uplink": UplinkCompression()}, "uplink must be the same on the server and on rank 2, got None and"),
+        (lambda: {"clients": fewer()}, "data must be the same on the server and on rank 2"),
+        (lambda: {"clients": fewer(), "hosts": list(range(1, CLIENTS, 2))}, "data must be the same"),
+        (lambda: {"hosts": [0, 1]}, "each client must be hosted by one site, got client 0 of ranks"),
+    ],
+)  # fmt: skip
+def test_a_site_of_another_job_is_told_in_what_it_differs(own, said):
+    server, found = refused({2: own()})
+    assert isinstance(found[2], DistoptError), found
+    assert re.search(said, f"{found[1]} {found[2]}")
+    assert re.search(said, server)
+    assert "cannot take part" in server
+    assert isinstance(found[1], DistoptError)  # it does not wait for a job that will not begin
+
+
+def test_samples_are_compared_where_a_site_has_only_its_own():
+    whole = data()
+    hosts = list(range(1, CLIENTS, 2))
+    parts = [whole.parts[client] for client in hosts]
+    parts[2] = parts[2][1:]
+    own = {"hosts": hosts, "clients": ClientData(whole.tensors, parts)}
+    server, _ = refused({2: own})
+    assert "client 5 must have as many samples on the server as on rank 2" in server
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"clients": None}, "one of clients and num_clients must be given, got none"),
+        ({"num_clients": 3}, "num_clients must be 12 beside these clients, got 3"),
+        ({"algorithm": "fedau"}, "algorithm must be of FederatedAlgorithm, got 'fedau'"),
+        ({"deadline_s": 0}, "deadline_s must be a number of seconds above 0, got 0"),
+        ({"exclude": ("1.*",)}, "all float tensors must be averaged in a service, got '1.running_mean'|got '1.weight'"),
+        ({"listen": "127.0.0.1:0"}, "one of transport and listen says how processes talk"),
+        ({"listen": "127.0.0.1:0", "transport": "auto"}, "sites must be given for a job by TCP, got None"),
+        ({"listen": "127.0.0.1:0", "transport": "auto", "sites": 13}, "one site for each of the 12 clients, got 13"),
+        ({"listen": "nowhere", "transport": "auto", "sites": 1}, "an address must be 'host:port'"),
+        ({"checkpoint_every": 2}, "needs a file"),
+        ({"transport": "auto"}, "this process belongs to no job"),
+    ],
+)
+def test_bad_settings_of_a_server_are_refused(changed, said):
+    server = InProcess.connect(2)[0]
+    with pytest.raises(DistoptError, match=said):
+        Service(**{**settings(MADE["fedau"]), "transport": server, **changed})
+
+
+BY_TCP = {"server": "127.0.0.1:9", "transport": "auto", "sites": 2, "rank": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hosts": []}, "hosts must be different clients, at least one, got"),
+        ({"hosts": [1, 1]}, "hosts must be different clients"),
+        ({"hosts": [12]}, "hosts must be clients from 0 to 11, got 12"),
+        ({"patience_s": -1.0}, "patience_s must be a number of seconds above 0"),
+        ({"server": "127.0.0.1:9", "transport": "auto", "sites": 2}, "rank must be given beside server="),
+        ({"server": "127.0.0.1:9", "transport": "auto", "sites": 2, "rank": 3}, "rank must be from 1 to size - 1"),
+        (
+            {"server": "127.0.0.1:9", "transport": "auto", "sites": 2, "rank": 1, "ranks_per_site": 2},
+            "must be 1 beside",
+        ),
+        (
+            {"server": "127.0.0.1:9", "transport": "auto", "sites": 2, "rank": 1, "wait_s": 0.3},
+            "has not reached the serv",
+        ),
+        ({"wait_s": 0.3}, "the server, rank 0, has said nothing for 0.3 s; does it call serve"),
+    ],
+)
+def test_bad_settings_of_a_site_are_refused(changed, said):
+    end = InProcess.connect(3)[1]
+    with pytest.raises(DistoptError, match=said):
+        take_part(**{"model": build(), "clients": data(), "transport": end, **changed})
+
+
+def test_roles_are_checked():
+    server, *ends = InProcess.connect(2)
+    with pytest.raises(ConfigError, match="got take_part on rank 0; call serve there"):
+        take_part(model=build(), clients=data(), transport=server)
+    with pytest.raises(ConfigError, match="got serve on rank 1 of 2; call take_part there"):
+        serve(rounds=1, **settings(MADE["fedau"]), transport=ends[0])
+    with pytest.raises(ConfigError, match="a server and at least one site, got 1 process"):
+        serve(rounds=1, **settings(MADE["fedau"]), transport=InProcess.connect(1)[0])
+    with pytest.raises(ConfigError, match=r"the 1 ranks beside the server must be a multiple of ranks_per_site, 2"):
+        serve(rounds=1, **settings(MADE["fedau"]), transport=server, ranks_per_site=2)
+    many = InProcess.connect(CLIENTS + 2)
+    with pytest.raises(ConfigError, match="at most one site for each of the 12 clients, got 13; start fewer"):
+        take_part(model=build(), clients=data(), transport=many[1])
+
+
+def test_sites_that_do_not_come_are_named():
+    server, *_ = InProcess.connect(3)
+    made = settings(MADE["fedau"])
+    with (
+        pytest.raises(PeerLostError, match=r"2 sites must be ready within 0.3 s, got 0; missing are ranks 1, 2"),
+        Service(**made, transport=server, wait_s=0.3) as service,
+    ):
+        service.run(1)
+
+
+def test_a_port_in_use_is_said_to_be():
+    made = settings(MADE["fedau"])
+    with Service(**made, listen="127.0.0.1:0", sites=1) as service:
+        with pytest.raises(ConfigError, match="in use"):
+            Service(**settings(MADE["fedau"]), listen=service.address, sites=1)
+        assert service.address.startswith("127.0.0.1:")
+
+
+def test_a_site_that_cannot_compute_its_clients_says_so_before_the_first_round():
+    def fails(model, batch):
+        raise KeyError("nothing here")
+
+    server, found = refused({2: {"loss": fails}})
+    assert "rank 2 cannot take part: ConfigError: loss(model, batch) must be computable, got KeyError" in server
+    assert isinstance(found[2], ConfigError)
+
+
+def test_a_checkpoint_of_a_simulation_is_none_of_a_service(tmp_path):
+    made = settings(MADE["fedau"])
+    job = Simulation(**made, mode="loop", checkpoint=tmp_path / "run.pt")
+    job.save()
+    server = InProcess.connect(2)[0]
+    with (
+        pytest.raises(StateMismatchError, match="agree in mode, got 'loop' then and 'network' now"),
+        Service(**settings(MADE["fedau"]), transport=server, checkpoint=tmp_path / "run.pt") as service,
+    ):
+        service.resume()

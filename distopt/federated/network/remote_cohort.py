@@ -165,7 +165,8 @@ class RemoteCohort:
 
     def end(self, reason: str = "") -> None:
         """Tells all sites that nothing more comes; a reason makes it an error there."""
-        self._roster.tell_all(End(sender=SERVER, session=self._roster.session, reason=reason))
+        for rank in self._leaders - self._transport.lost:
+            self._roster.tell(rank, End(sender=SERVER, session=self._roster.session, reason=reason))
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,8 @@ class RemoteCohort:
         self._hear_all()
         self._wait_for_somebody()
         drawn = [int(client) for client in self._participation.next_round()]
-        willing = [client for client in drawn if client not in self._work and self._may_ask(client)]
+        busy = set(self._work) | {reply.client for reply in self._came}
+        willing = [client for client in drawn if client not in busy and self._may_ask(client)]
         match self._pacing:
             case EveryInterval(seconds=seconds):
                 started = self._interval(broadcast, willing, seconds)
@@ -187,7 +189,8 @@ class RemoteCohort:
                 started = self._arrivals(broadcast, willing, self._pacing)
             case _:
                 started = self._synchronous(broadcast, willing)
-        came, self._came = self._came, []
+        most = self._pacing.count if isinstance(self._pacing, AfterArrivals) else len(self._came)
+        came, self._came = self._came[:most], self._came[most:]  # the rest is for the next aggregation
         refused, self._roster.refused = self._roster.refused, Counter()
         self._end_s = self._passed_s + time.monotonic() - self._began_s
         self._done = {(client, version) for client, version in self._done if version >= self._version - 1}

@@ -95,7 +95,7 @@ class Site:
         self._wait_s, self._patience_s, self._may_return = wait_s, patience_s, may_return
         self._made: tuple[Trainer, Journal] | None = None
         self._settings: Mapping[str, Any] = {}
-        self._session = ""
+        self._session = self._invited = ""  # in which it is, and to which it was bid welcome
         self._connection = 0
         self._tasks: deque[Task] = deque()
         self._ended: str | None = None
@@ -122,7 +122,7 @@ class Site:
         except PeerLostError:
             raise
         except Exception as error:
-            self._tell(Failed(sender=self._rank, session=self._session, reason=in_a_line(error)))
+            self._tell(Failed(sender=self._rank, session=self._invited, reason=in_a_line(error)))
             raise
         if self._ended:
             raise DistoptError(f"the server, rank {SERVER}, has ended the job: {self._ended}")
@@ -222,6 +222,9 @@ class Site:
                 return
             case Refusal(reason=reason):
                 raise CompatibilityError(reason)
+            case End(reason=reason) if not self._session:
+                self._ended = reason or "it is over already"
+                return
         if letter.session != self._session or self._made is None:
             self._refused["another session"] += 1
             return
@@ -242,6 +245,7 @@ class Site:
                 raise DecodeError(f"a site is not told {type(letter).__name__}")
 
     def _begin(self, welcome: Welcome) -> None:
+        self._invited = welcome.session
         if self._made is None:
             self._settings = welcome.settings
             self._made = self._build(welcome.settings)
