@@ -16,6 +16,7 @@ from distopt.config import check_count
 from distopt.errors import CompatibilityError, ConfigError
 from distopt.federated.network.letters import SERVER
 
+_RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,6 +64,19 @@ class Seat:
     def leaders(self) -> list[int]:
         """The ranks that the server speaks with."""
         return list(range(1, self.size, self.ranks_per_site))
+
+
+def launched_rank() -> int | None:
+    """The rank of this process in the job of several processes that torchrun or mpirun started; None outside of one.
+
+    Rank 0 is to call `serve`, every other one `take_part`.
+    """
+    if dist.is_initialized():
+        return dist.get_rank() if dist.get_world_size() > 1 else None
+    for rank, size in _RANK_VARIABLES:
+        if rank in os.environ and int(os.environ.get(size, "1")) > 1:
+            return int(os.environ[rank])
+    return None
 
 
 def find_seat(
