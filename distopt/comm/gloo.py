@@ -29,6 +29,7 @@ _TAG = 7
 _PROBE, _CLOSE = 0, 1  # first byte of a frame of the transport itself; messages begin with a letter
 _HEAD_BYTES = 64
 _POLL_S = 0.01
+_LAST_S = 1.0  # for threads to end: one that comes back while Python shuts down would abort the process
 _FOREVER = timedelta(days=365)
 
 
@@ -126,8 +127,10 @@ class GlooTransport:
         while not self._is_quiet() and time.monotonic() < end:
             time.sleep(_POLL_S)
         self._inbox.put(None)
-        time.sleep(_POLL_S)  # threads that have nothing left to wait for are gone by then
         threads = (*self._receivers, *self._senders.values(), *self._watchers.values())
+        last = time.monotonic() + _LAST_S
+        for thread in threads:  # those that have nothing left to wait for end now, on a busy machine a little later
+            thread.join(max(0.0, last - time.monotonic()))
         if any(thread.is_alive() for thread in threads):
             leak_process_groups()  # destroying the groups would wait for these threads' operations
         else:

@@ -38,7 +38,7 @@ from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.mifa import MIFA
-from distopt.federated.network import Attendance, Service, serve, take_part
+from distopt.federated.network import Attendance, Service, launched_rank, serve, take_part
 from distopt.federated.pacing import AfterArrivals, EveryInterval, Pacing, Synchronous
 from distopt.federated.participation import (
     Bernoulli,
@@ -185,6 +185,7 @@ __all__ = [
     "krum_scores",
     "label_counts",
     "label_distributions",
+    "launched_rank",
     "median",
     "multi_krum",
     "plot_histories",

@@ -149,7 +149,7 @@ def test_mpirun(tmp_path):
 @pytest.mark.job
 @needs_mpi
 def test_mpi_ranks_outlive_one_that_is_killed(tmp_path):
-    fault = {"what": "killed", "versions": [2], "clients": [3]}
+    fault = {"what": "killed", "versions": [2], "clients": [4]}
     job = {"algorithm": MADE["fedau"].to_dict(), "rounds": 5, "faults": {"2": fault}}
     options = ["--with-ft", "ulfm", "--enable-recovery"]
     ran = mpirun.start(4, Path(network_job.__file__), *options, arguments=(json.dumps(job), tmp_path))

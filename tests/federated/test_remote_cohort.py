@@ -125,7 +125,7 @@ def test_a_site_may_have_its_own_clients_data_alone_and_take_over_what_the_serve
         parts = np.split(np.arange(len(keep)), ends[:-1])
         return {"clients": ClientData(tuple(t[torch.from_numpy(keep)] for t in whole.tensors), parts), "hosts": listed}
 
-    algorithm = MADE["scaffold"]
+    algorithm = NOISELESS["scaffold"]
     site = {rank: own(listed) for rank, listed in hosts.items()}
     model, history, found = served(algorithm, sites=2, site=site, clients=None, num_clients=CLIENTS)
     made = settings(algorithm)
@@ -137,7 +137,7 @@ def test_a_site_may_have_its_own_clients_data_alone_and_take_over_what_the_serve
 def test_what_travels_is_counted():
     server, end = InProcess.connect(2)
     took = Sites([end], {})
-    made = settings(MADE["fedau"])
+    made = settings(NOISELESS["fedau"])
     took.start()
     with Service(**made, transport=server) as service:
         service.run(2)
@@ -148,7 +148,7 @@ def test_what_travels_is_counted():
 
 # -- not waiting for everybody -----------------------------------------------------------------------------------------
 
-HASTY = {name: each for name, each in MADE.items() if isinstance(each.pacing, AfterArrivals)}
+HASTY = {name: each for name, each in NOISELESS.items() if isinstance(each.pacing, AfterArrivals)}
 ROUNDS_OF = {name: 40 if each.pacing.count > 1 else 200 for name, each in HASTY.items()}
 
 
@@ -175,7 +175,7 @@ def test_fedfix_ends_a_round_when_the_interval_does():
 
 
 def test_a_synchronous_history_has_no_times():
-    assert all("time_s" not in row for row in served(MADE["fedau"], 1)[1])
+    assert all("time_s" not in row for row in served(NOISELESS["fedau"], 1)[1])
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def refused(site, **changed):
     """What the server and the sites raise."""
     server, *ends = InProcess.connect(3)
     took = Sites(ends, site)
-    made = settings(MADE["fedau"], **changed)
+    made = settings(NOISELESS["fedau"], **changed)
     took.start()
     with pytest.raises(DistoptError) as raised, Service(**made, transport=server, wait_s=10.0) as service:
         service.run(1)
@@ -212,7 +212,7 @@ def refused(site, **changed):
         (lambda: {"model": build().float()}, r"got 0.weight \[8, 6\] torch.float64 .* and 0.weight .* torch.float32"),
         (lambda: {"seed": 4}, "seed must be the same on the server and on rank 2, got 5 and 4"),
         (lambda: {"local": LocalTraining(steps=4)}, "lr of local|batch_size of local|steps of local"),
-        (lambda: {"algorithm": MADE["fedvarp"]}, "algorithm of algorithm must be the same .* 'fedau' and 'fedvarp'"),
+        (lambda: {"algorithm": NOISELESS["fedvarp"]}, "algorithm of algorithm must be the same .* 'fedau' and 'fedv"),
         (lambda: {"uplink": UplinkCompression()}, "uplink must be the same on the server and on rank 2, got None and"),
         (lambda: {"clients": fewer()}, "data must be the same on the server and on rank 2"),
         (lambda: {"clients": fewer(), "hosts": list(range(1, CLIENTS, 2))}, "data must be the same"),
@@ -257,7 +257,7 @@ def test_samples_are_compared_where_a_site_has_only_its_own():
 def test_bad_settings_of_a_server_are_refused(changed, said):
     server = InProcess.connect(2)[0]
     with pytest.raises(DistoptError, match=said):
-        Service(**{**settings(MADE["fedau"]), "transport": server, **changed})
+        Service(**{**settings(NOISELESS["fedau"]), "transport": server, **changed})
 
 
 BY_TCP = {"server": "127.0.0.1:9", "transport": "auto", "sites": 2, "rank": 1}
@@ -294,11 +294,11 @@ def test_roles_are_checked():
     with pytest.raises(ConfigError, match="got take_part on rank 0; call serve there"):
         take_part(model=build(), clients=data(), transport=server)
     with pytest.raises(ConfigError, match="got serve on rank 1 of 2; call take_part there"):
-        serve(rounds=1, **settings(MADE["fedau"]), transport=ends[0])
+        serve(rounds=1, **settings(NOISELESS["fedau"]), transport=ends[0])
     with pytest.raises(ConfigError, match="a server and at least one site, got 1 process"):
-        serve(rounds=1, **settings(MADE["fedau"]), transport=InProcess.connect(1)[0])
+        serve(rounds=1, **settings(NOISELESS["fedau"]), transport=InProcess.connect(1)[0])
     with pytest.raises(ConfigError, match=r"the 1 ranks beside the server must be a multiple of ranks_per_site, 2"):
-        serve(rounds=1, **settings(MADE["fedau"]), transport=server, ranks_per_site=2)
+        serve(rounds=1, **settings(NOISELESS["fedau"]), transport=server, ranks_per_site=2)
     many = InProcess.connect(CLIENTS + 2)
     with pytest.raises(ConfigError, match="at most one site for each of the 12 clients, got 13; start fewer"):
         take_part(model=build(), clients=data(), transport=many[1])
@@ -306,7 +306,7 @@ def test_roles_are_checked():
 
 def test_sites_that_do_not_come_are_named():
     server, *_ = InProcess.connect(3)
-    made = settings(MADE["fedau"])
+    made = settings(NOISELESS["fedau"])
     with (
         pytest.raises(PeerLostError, match=r"2 sites must be ready within 0.3 s, got 0; missing are ranks 1, 2"),
         Service(**made, transport=server, wait_s=0.3) as service,
@@ -315,10 +315,10 @@ def test_sites_that_do_not_come_are_named():
 
 
 def test_a_port_in_use_is_said_to_be():
-    made = settings(MADE["fedau"])
+    made = settings(NOISELESS["fedau"])
     with Service(**made, listen="127.0.0.1:0", sites=1) as service:
         with pytest.raises(ConfigError, match="in use"):
-            Service(**settings(MADE["fedau"]), listen=service.address, sites=1)
+            Service(**settings(NOISELESS["fedau"]), listen=service.address, sites=1)
         assert service.address.startswith("127.0.0.1:")
 
 
@@ -332,12 +332,12 @@ def test_a_site_that_cannot_compute_its_clients_says_so_before_the_first_round()
 
 
 def test_a_checkpoint_of_a_simulation_is_none_of_a_service(tmp_path):
-    made = settings(MADE["fedau"])
+    made = settings(NOISELESS["fedau"])
     job = Simulation(**made, mode="loop", checkpoint=tmp_path / "run.pt")
     job.save()
     server = InProcess.connect(2)[0]
     with (
         pytest.raises(StateMismatchError, match="agree in mode, got 'loop' then and 'network' now"),
-        Service(**settings(MADE["fedau"]), transport=server, checkpoint=tmp_path / "run.pt") as service,
+        Service(**settings(NOISELESS["fedau"]), transport=server, checkpoint=tmp_path / "run.pt") as service,
     ):
         service.resume()

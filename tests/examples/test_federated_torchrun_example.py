@@ -1,0 +1,89 @@
+"""The example under every real launcher: the same accuracy and the same model to the last bit."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpirun
+import netns
+from example_ranks import AS_IT_IS, EXAMPLES, free_port
+
+EXAMPLE = EXAMPLES / "federated_torchrun.py"
+ROUNDS, DEADLINE_S = 20, 110
+ARGUMENTS = ["--rounds", str(ROUNDS), "--data", "digits"]
+SECRET = "a secret of the tests, long enough"
+
+
+@pytest.fixture(scope="module")
+def simulated(warm_python):
+    """What the example says in one process."""
+    ran = warm_python.run(AS_IT_IS, EXAMPLE, *ARGUMENTS, OMP_NUM_THREADS="1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return result(ran.stdout)
+
+
+def result(output):
+    found = re.findall(r"test accuracy ([0-9.]+)% after (\d+) rounds, model ([0-9a-f]{16})", output)
+    assert len(found) == 1, output
+    return found[0]
+
+
+def environment(**changed):
+    with_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": with_python, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), **changed}
+
+
+def test_by_tcp_it_is_the_simulation_to_the_last_digit(warm_python, simulated):
+    start = functools.partial(warm_python.start, AS_IT_IS, EXAMPLE, *ARGUMENTS, OMP_NUM_THREADS="1")
+    address = f"127.0.0.1:{free_port()}"
+    joining = [["--server", address, "--rank", rank] for rank in (1, 2)]
+    given = [["--listen", address], *joining]
+    ranks = [start(*each, "--sites", 2, DISTOPT_JOB_SECRET=SECRET) for each in given]
+    try:
+        outputs = [one.communicate(DEADLINE_S) for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+            one.wait()
+    assert [one.returncode for one in ranks] == [0, 0, 0], outputs
+    assert result(outputs[0][0]) == simulated
+    assert float(simulated[0]) > 30
+    assert "Attendance(hosts=(0, 2, 4," in outputs[1][0]
+
+
+@pytest.mark.job
+@pytest.mark.timeout(120)
+def test_torchrun(simulated):
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", EXAMPLE, *ARGUMENTS],
+        env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert result(ran.stdout) == simulated
+
+
+@pytest.mark.job
+@mpirun.needs_mpi
+@pytest.mark.timeout(120)
+def test_mpirun(simulated):
+    job = mpirun.start(3, EXAMPLE, arguments=ARGUMENTS)
+    said = mpirun.finish(job, DEADLINE_S)
+    assert job.returncode == 0, said
+    assert result(said) == simulated
+
+
+@pytest.mark.job
+@netns.needs_namespaces
+@pytest.mark.timeout(180)
+def test_hosts_with_addresses_of_their_own(simulated):
+    ran = netns.cluster(
+        "once", "3", "1gbit", "--deadline", "150", "--", EXAMPLE, *ARGUMENTS,
+        name=f"{netns.NAME}f", deadline_s=170, env=environment(DISTOPT_JOB_SECRET=SECRET, **netns.REAL),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert result(ran.stdout) == simulated
