@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from distopt.comm import TCPPeer, TCPServer
-from distopt.comm.session import Header, seal
+from distopt.comm.session import Header, Session, seal
 from distopt.comm.tcp import handshake
+from distopt.comm.tcp.connection import Connection
 from distopt.comm.tcp.handshake import Deadline
 from distopt.errors import ConfigError, PeerLostError
 from meddler import DOWN, UP, Meddler, flipped, read
@@ -216,7 +217,7 @@ def test_who_lacks_the_secret_stays_outside(made, server_has, peer_has, told):
 def test_a_job_of_another_size_is_an_error_at_once(server):
     with pytest.raises(ConfigError, match="the server has a job of size 3, rank 1 one of 4"):
         TCPPeer(str(server.address), rank=1, size=4, max_frame_bytes=1000, secret=SECRET)
-    assert server.refused == {"wrong size": 1}
+    wait_until(lambda: server.refused == {"wrong size": 1})
 
 
 def hello(secret, *, magic=b"DTCP", version=1, rank=1, size=3):
@@ -270,12 +271,15 @@ def test_who_leaves_or_dawdles_in_the_handshake_is_counted(made):
 
 
 def test_a_byte_now_and_then_buys_no_time(made):
-    server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=SECRET, handshake_s=0.5)
+    server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=SECRET, handshake_s=0.3)
     made.append(server)
+    said = 0
     with raw(server) as stream, contextlib.suppress(ConnectionError):
         for byte in hello(SECRET):
             stream.sendall(bytes([byte]))
-            time.sleep(0.02)  # 1.6 s in all
+            said += 1
+            time.sleep(0.1)
+    assert said < 80, "whoever always says something may stay as long as he likes"
     wait_until(lambda: server.refused == {"too slow": 1})
 
 
@@ -434,6 +438,54 @@ def test_without_a_secret_the_first_keeps_the_rank(made):
     assert server.connections(1) == 2
 
 
+def test_of_two_who_come_at_once_without_a_secret_one_has_the_rank(made):
+    server = TCPServer("127.0.0.1:0", size=3, max_frame_bytes=100)
+    made.append(server)
+    with raw(server) as first, raw(server) as second:
+        for stream in (first, second):
+            stream.sendall(hello(None))
+            assert len(read(stream, 80)) == 80
+        first.sendall(bytes(32))
+        wait_until(lambda: server.connected == {1})
+        second.sendall(bytes(32))
+        assert ends(second)
+        assert server.connections(1) == 1
+        first.sendall(seal(None, Header(1, 0, 1, 3), memoryview(b"abc")) + b"abc")
+        assert receive(server) == (1, list(b"abc"))
+
+
+class Reluctant:
+    """A socket that takes few bytes at first."""
+
+    def __init__(self, stream, num_bytes):
+        self._stream, self._num_bytes = stream, num_bytes
+
+    def sendmsg(self, parts):
+        return self._stream.send(b"".join(parts)[: self._num_bytes])
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 63, 64, 65, 164])
+def test_a_record_is_whole_however_little_the_system_takes_at_once(num_bytes):
+    ours, theirs = socket.socketpair()
+    limits = {"max_frame_bytes": 1000, "max_pending_bytes": None}
+    writing = Connection(Reluctant(ours, num_bytes), Session(SECRET), Session(SECRET), **limits)
+    reading = Connection(theirs, Session(SECRET), Session(SECRET), **limits)
+    try:
+        for value in range(3):
+            writing.send(1, torch.full((100,), value, dtype=torch.uint8))
+        assert [reading.read()[1].tolist() for _ in range(3)] == valid_frames(3, 100)
+    finally:
+        writing.close()
+        reading.close()
+
+
+def valid_frames(count, num_bytes):
+    return [[number] * num_bytes for number in range(count)]
+
+
 def test_one_who_is_not_read_from_waits_and_loses_nothing(made):
     server, peer = tcp(2, max_frame_bytes=100_000, max_pending_bytes=400_000)
     made += [server, peer]
@@ -471,7 +523,7 @@ def converse(server_and_meddle, count=5, timeout_s=0.3):
 
 
 def valid(count):
-    return [[number] * 50 for number in range(count)]
+    return valid_frames(count, 50)
 
 
 def test_a_relay_changes_nothing():

@@ -1,8 +1,10 @@
 """TCP between processes that are killed, frozen and started again."""
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 
 import pytest
 import torch
@@ -211,10 +213,14 @@ def test_a_frozen_server_is_waited_for(start):
 def test_a_script_that_ends_without_a_close_loses_nothing(server, start):
     code = HEAD + (
         "transport = TCPPeer(address, rank=rank, size=size, max_frame_bytes=longest, secret=secret)\n"
-        "for number in range(20): transport.send(0, torch.full((longest,), number, dtype=torch.uint8))\n"
+        "for number in range(40): transport.send(0, torch.full((longest,), number, dtype=torch.uint8))\n"
     )
+    code += "import distopt.comm.tcp.end as end\nend._EXIT_S = 60.0\n"
     script = start(code, server.address, 1)
-    for number in range(20):
+    wait_until(lambda: server.connected == {1}, timeout_s=60.0)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        script.wait(1.0)  # it cannot end: the server takes 4 MiB unless they are received
+    for number in range(40):
         source, got = server.receive(30.0)
         assert source == 1
         assert bool((got == number).all())

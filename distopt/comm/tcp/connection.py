@@ -160,6 +160,9 @@ class Connection:
                 self._stream.shutdown(socket.SHUT_WR)
         except OSError:
             self.cut()
+        except BaseException:
+            self.cut()
+            raise
 
     def _write(self, kind: int, payload: memoryview) -> None:
         header = self._outgoing.seal(kind, payload)
