@@ -116,11 +116,11 @@ class Rounds:
         check_count(
             "rounds", rounds, low=self.round, remedy="give how many rounds in all, those that are done included"
         )
-        if self._evaluate is not None and self.round == 0 < rounds:
-            self._cohort.exchange.said_by_leader(self._evaluated)
         if not self._begun:
             self._begun = True
-            self._cohort.begin(self.round)
+            self._cohort.begin(self.round)  # first: whoever waits for it shall not wait for an evaluation
+        if self._evaluate is not None and self.round == 0 < rounds:
+            self._cohort.exchange.said_by_leader(self._evaluated)
         while self.round < rounds:
             if self.is_spent():
                 break

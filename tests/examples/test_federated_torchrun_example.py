@@ -16,6 +16,20 @@ from example_ranks import AS_IT_IS, EXAMPLES, free_port
 EXAMPLE = EXAMPLES / "federated_torchrun.py"
 ROUNDS, DEADLINE_S = 20, 110
 ARGUMENTS = ["--rounds", str(ROUNDS), "--data", "digits"]
+ELSEWHERE = """
+import socket, time
+while True:
+    try:
+        socket.create_connection(("10.88.0.1", 7000), 5).close()
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.05)
+print("listens")
+try:
+    socket.create_connection(("127.0.0.1", 7000), 5)
+except OSError as error:
+    print(type(error).__name__)
+"""
 SECRET = "a secret of the tests, long enough"
 
 
@@ -87,3 +101,36 @@ def test_hosts_with_addresses_of_their_own(simulated):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert result(ran.stdout) == simulated
+
+
+@pytest.mark.job
+@netns.needs_namespaces
+@pytest.mark.timeout(180)
+def test_by_tcp_between_hosts(simulated):
+    """The server is heard on the interface that it was given, and on no other."""
+    name = f"{netns.NAME}g"
+    made = netns.cluster("up", 3, "1gbit", name=name)
+    assert made.returncode == 0, made.stderr
+    processes = []
+
+    def start(host, *arguments):
+        command = ["ip", "netns", "exec", f"distopt-{name}-{host}", sys.executable, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, env=environment(DISTOPT_JOB_SECRET=SECRET), **pipes)
+        processes.append(process)
+        return process
+
+    try:
+        address = "10.88.0.1:7000"
+        server = start(1, EXAMPLE, *ARGUMENTS, "--listen", address, "--sites", "2")
+        sites = [start(r + 1, EXAMPLE, *ARGUMENTS, "--server", address, "--sites", "2", "--rank", r) for r in (1, 2)]
+        elsewhere = start(1, "-c", ELSEWHERE).communicate(timeout=DEADLINE_S)[0]
+        assert elsewhere == "listens\nConnectionRefusedError\n"
+        outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in (server, *sites)]
+        assert [process.returncode for process in (server, *sites)] == [0, 0, 0], outputs
+        assert result(outputs[0]) == simulated
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        netns.cluster("down", name=name)

@@ -175,6 +175,15 @@ def test_a_site_of_several_ranks_is_a_site_of_one_up_to_rounding(warm_python, tm
         assert ["None" in said for said in hosts] == [False, True, False, True]
 
 
+@pytest.mark.job
+def test_a_site_of_several_ranks_refuses_batch_norm(warm_python, tmp_path):
+    job = {"algorithm": described("fedau"), "rounds": 2, "server": {"ranks_per_site": 2}, "site": {"ranks_per_site": 2}}
+    with Job(warm_python, tmp_path, 3, **job) as ranks:
+        assert ranks.finish() == [1, 1, 0], ranks.said()
+        said = "needs a model without BatchNorm, got '1', whose statistics would be of a share of each batch"
+        assert all(said in rank._written()[1] for rank in ranks.ranks[:2])
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 SITE_2 = [1, 4, 7]  # whom rank 2 of 4 hosts
@@ -336,6 +345,32 @@ def test_a_server_that_is_killed_and_started_again_makes_the_same_history(warm_p
         ranks.again(0)
         assert ranks.finish() == [0] * 4, ranks.said()
         check_simulated(ranks.found(), job)
+
+
+@pytest.mark.job
+def test_a_whole_job_that_is_started_again_goes_on_from_its_files(warm_python, tmp_path):
+    """As under torchrun, which ends all ranks: sites find what their clients kept in files of their own."""
+    job = {"algorithm": described("scaffold"), "rounds": 8, "checkpoint": 2, "kill_server_after": 5, "journal": True}
+    with Job(warm_python, tmp_path, 3, **job) as ranks:
+        assert ranks.finish() == [-9, 1, 1], ranks.said()
+        assert "the server, rank 0, is gone" in ranks.ranks[1]._written()[1]
+    with Job(warm_python, tmp_path, 3, **job) as ranks:
+        assert ranks.finish() == [0] * 3, ranks.said()
+        check_simulated(ranks.found(), job)
+
+
+@pytest.mark.job
+def test_a_job_that_does_not_wait_goes_on_after_its_server_s_death(warm_python, tmp_path):
+    algorithm = {"algorithm": "fedbuff", "buffer_size": 3}
+    job = {"algorithm": algorithm, "rounds": 30, "checkpoint": 2, "kill_server_after": 11}
+    with Job(warm_python, tmp_path, 3, tcp=True, **job) as ranks:
+        assert ranks.finish(0) == [-9], ranks.said()
+        ranks.again(0)
+        assert ranks.finish() == [0] * 3, ranks.said()
+        rows = ranks.found()["rows"]
+        assert [row["round"] for row in rows] == list(range(1, 31))
+        assert all(len(row["participants"]) == 3 for row in rows)
+        assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
 
 @pytest.mark.job

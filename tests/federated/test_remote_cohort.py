@@ -10,7 +10,7 @@ from test_algorithm_laws import NOISELESS
 from torch import nn
 
 from distopt.comm import InProcess
-from distopt.errors import ConfigError, DistoptError, PeerLostError, StateMismatchError
+from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.federated import (
     AfterArrivals,
     Bernoulli,
@@ -111,6 +111,8 @@ def test_it_is_the_simulation_to_the_bit(name, uplink):
     simulated = Simulation(**made, mode="loop").run(ROUNDS)
     assert history == simulated
     assert torch.equal(vector(model), vector(made["model"]))
+    passes = 2 if "fedspeed" in name else 1  # of a step; the server counts steps
+    assert passes * model[1].num_batches_tracked == made["model"][1].num_batches_tracked > 0
     assert [found[rank].hosts for rank in (1, 2, 3)] == [(0, 3, 6, 9), (1, 4, 7, 10), (2, 5, 8, 11)]
     assert sum(each.replies for each in found.values()) == sum(len(row["participants"]) for row in history)
 
@@ -251,6 +253,7 @@ def test_samples_are_compared_where_a_site_has_only_its_own():
         ({"listen": "127.0.0.1:0", "transport": "auto", "sites": 13}, "one site for each of the 12 clients, got 13"),
         ({"listen": "nowhere", "transport": "auto", "sites": 1}, "an address must be 'host:port'"),
         ({"checkpoint_every": 2}, "needs a file"),
+        ({"fewest_sites": 2}, "fewest_sites must be at most the job's 1 sites, got 2"),
         ({"transport": "auto"}, "this process belongs to no job"),
     ],
 )
@@ -341,3 +344,26 @@ def test_a_checkpoint_of_a_simulation_is_none_of_a_service(tmp_path):
         Service(**settings(NOISELESS["fedau"]), transport=server, checkpoint=tmp_path / "run.pt") as service,
     ):
         service.resume()
+
+
+def test_a_site_that_is_refused_by_tcp_may_come_again_as_the_right_one():
+    made = settings(NOISELESS["fedau"])
+    own = {"clients": data(), "sites": 1, "rank": 1, "wait_s": 10.0}
+    right, wrong = build(), build()
+    with Service(**made, listen="127.0.0.1:0", sites=1, wait_s=30.0) as service:
+        served = threading.Thread(target=service.run, args=(ROUNDS,), daemon=True)
+        served.start()
+        with pytest.raises(CompatibilityError, match="seed must be the same on the server and on rank 1, got 5 and 6"):
+            take_part(model=wrong, seed=6, server=service.address, **own)
+        joined = threading.Thread(
+            target=take_part, kwargs={"model": right, "server": service.address, **own}, daemon=True
+        )
+        joined.start()
+        served.join(30)
+        assert not served.is_alive()
+    joined.join(30)
+    assert service.refused == {"not of this job": 1}
+    expected = settings(NOISELESS["fedau"])
+    rows = Simulation(**expected, mode="loop").run(ROUNDS).rows
+    assert [{**row, "refused": 0} for row in service.history] == rows
+    assert torch.equal(vector(made["model"]), vector(expected["model"]))

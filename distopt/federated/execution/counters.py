@@ -7,6 +7,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
+def count_batches(model: nn.Module, count: int) -> None:
+    """The counters go so much further, for batches that were computed elsewhere."""
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.num_batches_tracked is not None:
+            module.num_batches_tracked += count
+
+
 @contextmanager
 def uncounted(model: nn.Module, counted: Callable[[], int]) -> Iterator[None]:
     """The model leaves them alone; at the end they are as much further as `counted()` is."""

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ class RemoteCohort:
         fewest_sites: How many must have by then.
         leaders: The ranks that speak for a site.
         may_return: Whether sites that are lost may come back.
+        count_batches: Told how many batches the sites have trained on, after each round.
         described: What a checkpoint's run and this one must agree in.
     """
 
@@ -88,6 +89,7 @@ class RemoteCohort:
         fewest_sites: int,
         leaders: Sequence[int],
         may_return: bool,
+        count_batches: Callable[[int], None],
         described: Mapping[str, Any],
     ) -> None:
         self.described = described
@@ -101,6 +103,7 @@ class RemoteCohort:
         self._deadline_s, self._wait_s = deadline_s, wait_s
         self._leaders = frozenset(leaders)
         self._fewest_sites, self._may_return = fewest_sites, may_return
+        self._count_batches = count_batches
         self._saved = 0
         self._work: dict[int, _Work] = {}  # by client
         self._owed: dict[int, set[int]] = {}  # versions that were sent, by rank
@@ -191,6 +194,7 @@ class RemoteCohort:
                 started = self._synchronous(broadcast, willing)
         most = self._pacing.count if isinstance(self._pacing, AfterArrivals) else len(self._came)
         came, self._came = self._came[:most], self._came[most:]  # the rest is for the next aggregation
+        self._count_batches(sum(reply.num_steps for reply in came))
         refused, self._roster.refused = self._roster.refused, Counter()
         self._end_s = self._passed_s + time.monotonic() - self._began_s
         self._done = {(client, version) for client, version in self._done if version >= self._version - 1}

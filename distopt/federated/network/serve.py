@@ -15,6 +15,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from distopt.federated.algorithm import FederatedAlgorithm
 from distopt.federated.data import ClientData
 from distopt.federated.execution import LoopTrainer, Trainer
 from distopt.federated.execution.averaged import check_all_averaged
+from distopt.federated.execution.counters import count_batches
 from distopt.federated.execution.rehearsal import rehearse
 from distopt.federated.functional import Loss, cross_entropy
 from distopt.federated.history import History
@@ -164,6 +166,11 @@ class Service:
             )
         if fewest_sites is not None:
             check_count("fewest_sites", fewest_sites, low=1, remedy="leave it out to wait for all")
+            if fewest_sites > seat.num_sites:
+                raise ConfigError(
+                    f"fewest_sites must be at most the job's {seat.num_sites} sites, got {fewest_sites}; leave it out "
+                    "to wait for all"
+                )
         settings = {
             "algorithm": plain(algorithm.to_dict()),
             "local": plain(self.local.to_dict()),
@@ -191,9 +198,10 @@ class Service:
                 seed=seed,
                 deadline_s=deadline_s,
                 wait_s=wait_s,
-                fewest_sites=min(fewest_sites or seat.num_sites, seat.num_sites),
+                fewest_sites=fewest_sites or seat.num_sites,
                 leaders=seat.leaders,
                 may_return=seat.may_return,
+                count_batches=partial(count_batches, model),
                 described={
                     "local": self.local.to_dict(),
                     "seed": seed,
