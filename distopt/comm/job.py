@@ -34,8 +34,8 @@ def find_job(transport: str | Transport = "auto", process_group: dist.ProcessGro
     """The job by the kind of transport that is asked for.
 
     Args:
-        transport: "gloo", "mpi", a transport that is open already, or "auto": gloo where torch.distributed is
-            initialised, else MPI where mpirun (or another MPI launcher) has started this process.
+        transport: "gloo", "mpi", a transport that is open already (`TCPPeer`, `Sealed`, ...), or "auto": gloo where
+            torch.distributed is initialised, else MPI where mpirun (or another MPI launcher) has started this process.
         process_group: The ranks, for gloo; all by default.
 
     Raises:

@@ -343,6 +343,17 @@ def test_strangers_are_few_and_keep_nobody_out(server, made):
     assert server.refused["too many"] == 300 - 64 - 3 + 1
 
 
+def test_a_crowd_from_one_host_does_not_push_out_another(server):
+    with contextlib.ExitStack() as crowd:
+        patient = crowd.enter_context(socket.create_connection(server.address, source_address=("127.0.0.2", 0)))
+        patient.settimeout(20.0)
+        for _ in range(200):
+            crowd.enter_context(raw(server))
+        wait_until(lambda: server.refused["too many"] == 201 - 64 - 3)
+        patient.sendall(hello(SECRET))
+        assert len(read(patient, 80)) == 80
+
+
 # -- coming back -----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ dead one that nobody has noticed. If a process is still at its other end it is t
 coming back. Without a secret the first one keeps the rank while it is connected.
 
 Each connection has a thread that reads and one that writes, so one that is slow keeps no other waiting. Connections
-that have not shown who they are yet are few and have little time; when there are too many, the oldest is ended.
+that have not shown who they are yet are few and have little time; when there are too many, the oldest of the host that
+has most of them is ended.
 
 Limits: Linux. Nothing is encrypted. A process that is stopped counts as connected, until more waits for it than may.
 """

@@ -5,6 +5,7 @@ import itertools
 import socket
 import threading
 import time
+from collections import Counter
 
 from distopt.comm.address import Address, keep_watch, open_listener, parse_address
 from distopt.comm.session import RefusedError
@@ -53,7 +54,7 @@ class TCPServer(End):
         self._listener = open_listener(parse_address(listen), needs_loopback=secret is None)
         self.address = Address(*self._listener.getsockname()[:2])
         self._threads: set[threading.Thread] = set()
-        self._strangers: dict[int, socket.socket] = {}  # by the number of the connection, the oldest first
+        self._strangers: dict[int, tuple[str, socket.socket]] = {}  # by number, the oldest first: host, and connection
         self._link_numbers: dict[int, int] = {}
         self._retired: list[tuple[float, Connection]] = []
         self._listener.settimeout(_SWEEP_S)
@@ -72,7 +73,7 @@ class TCPServer(End):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._acceptor.join()
         with self._lock:
-            links, strangers = list(self._links.values()), list(self._strangers.values())
+            links, strangers = list(self._links.values()), [stream for _, stream in self._strangers.values()]
             retired = [link for _, link in self._retired]
         for stranger in strangers:
             shut(stranger)
@@ -99,28 +100,30 @@ class TCPServer(End):
                     if self._closing.is_set():
                         break
                     try:
-                        stream, _ = self._listener.accept()
+                        stream, place = self._listener.accept()
                     except TimeoutError:
                         continue
                     except OSError as error:  # too many open files, or it was shut
                         if not self._closing.wait(_PAUSE_S):
                             self._refuse("no resources", f"a connection ({error})")
                         continue
-                    self._meet(number, stream)
+                    self._meet(number, stream, str(place[0]))
         except BaseException as error:
             log.exception("the TCP server has broken")
             self._failure = DistoptError(f"the TCP server at {self.address} has broken: {error}")
             self._inbox.close()
 
-    def _meet(self, number: int, stream: socket.socket) -> None:
-        """Gives a new connection a thread; ends the oldest of too many that have not shown who they are."""
+    def _meet(self, number: int, stream: socket.socket, host: str) -> None:
+        """Gives a new connection a thread; ends one of too many that have not shown who they are."""
         with self._lock:
-            self._strangers[number] = stream
+            self._strangers[number] = host, stream
             excess = len(self._strangers) > _MAX_STRANGERS + self.size
-            if excess:
-                shut(self._strangers.pop(next(iter(self._strangers))))
+            if excess:  # the oldest of the host that has most: who floods keeps nobody else out
+                crowded = Counter(origin for origin, _ in self._strangers.values()).most_common(1)[0][0]
+                oldest = next(each for each, (origin, _) in self._strangers.items() if origin == crowded)
+                shut(self._strangers.pop(oldest)[1])
         if excess:
-            self._refuse("too many", "the oldest connection that has not shown who it is")
+            self._refuse("too many", f"the oldest connection from {crowded} that has not shown who it is")
         thread = threading.Thread(target=self._serve, args=(number, stream), name="distopt-tcp-read", daemon=True)
         self._threads.add(thread)
         try:
@@ -222,7 +225,7 @@ class TCPServer(End):
             del got, frame  # belongs to whoever receives it
 
     def _forget_after_fork(self) -> None:
-        for stream in (self._listener, *self._strangers.values()):
+        for stream in (self._listener, *(stream for _, stream in self._strangers.values())):
             stream.close()
         for link in self._links.values():
             link.forget_after_fork()
