@@ -5,9 +5,10 @@
 The contenders take turns in each round, so that a disturbance hits all of them. Both ends are threads of this process,
 so that they share the interpreter: two processes are faster.
 
-- large: megabytes per second of 32 frames of 16 MiB from a peer to the server, until all are received;
+- large: megabytes per second of 32 frames of 16 MiB from a peer to the server, until all are received, and the
+  processor's seconds for a gigabyte, both ends together, which a busy machine disturbs less;
 - small: microseconds for a frame of 1 KiB and its answer;
-- hmac: megabytes per second of HMAC-SHA256 on 16 MiB, which a sealed frame needs once at each end.
+- hmac: megabytes per processor second of HMAC-SHA256 on 16 MiB, which a sealed frame needs once at each end.
 """
 
 import argparse
@@ -36,13 +37,17 @@ def over_tcp(secret):
     return server, TCPPeer(str(server.address), rank=1, size=2, max_frame_bytes=LARGE, secret=secret)
 
 
-def megabytes_per_second(server, peer, frame):
-    begin = time.perf_counter()
+def large_frames(server, peer, frame):
+    begin, worked = time.perf_counter(), time.process_time()
     for _ in range(FRAMES):
         peer.send(0, frame)
     for _ in range(FRAMES):
         assert server.receive(60.0) is not None
-    return FRAMES * frame.numel() / (time.perf_counter() - begin) / 1e6
+    megabytes = FRAMES * frame.numel() / 1e6
+    return {
+        "large_mb_s": megabytes / (time.perf_counter() - begin),
+        "large_cpu_s_gb": (time.process_time() - worked) / megabytes * 1e3,
+    }
 
 
 def microseconds(server, peer, frame):
@@ -52,13 +57,13 @@ def microseconds(server, peer, frame):
         assert server.receive(60.0) is not None
         server.send(1, frame)
         assert peer.receive(60.0) is not None
-    return (time.perf_counter() - begin) / ANSWERS * 1e6
+    return {"small_us": (time.perf_counter() - begin) / ANSWERS * 1e6}
 
 
-def hash_megabytes_per_second(frame):
-    begin = time.perf_counter()
+def hashing(frame):
+    begin = time.process_time()
     tag_of(b"k" * 32, b"", memoryview(frame.numpy()))
-    return frame.numel() / (time.perf_counter() - begin) / 1e6
+    return {"mb_cpu_s": frame.numel() / (time.process_time() - begin) / 1e6}
 
 
 def main():
@@ -75,16 +80,16 @@ def main():
         "sealed_in_process": tuple(Sealed(end, secret) for end in InProcess.connect(2)),
     }
     large, small = torch.ones(LARGE, dtype=torch.uint8), torch.ones(SMALL, dtype=torch.uint8)
-    work = {"hmac_mb_s": lambda: hash_megabytes_per_second(large)}
+    work = [("hmac", lambda: hashing(large))]
     for name, pair in ends.items():
-        work[f"{name}_large_mb_s"] = lambda pair=pair: megabytes_per_second(*pair, large)
-        work[f"{name}_small_us"] = lambda pair=pair: microseconds(*pair, small)
-    samples = {name: [] for name in work}
+        work.append((name, lambda pair=pair: large_frames(*pair, large)))
+        work.append((name, lambda pair=pair: microseconds(*pair, small)))
+    samples = {}
     for number in range(arguments.rounds + 1):
-        for name, measure in work.items():
-            value = measure()
-            if number:  # the first round warms up
-                samples[name].append(value)
+        for name, measure in work:
+            for figure, value in measure().items():
+                if number:  # the first round warms up
+                    samples.setdefault(f"{name}_{figure}", []).append(value)
     found = {name: summary(values) for name, values in samples.items()}
     for pair in ends.values():
         for end in reversed(pair):
