@@ -3,10 +3,9 @@
 It knows the model, the loss and its own data; the algorithm, the local steps and the seed come from the server.
 """
 
-import itertools
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from distopt.errors import ConfigError, DistoptError, in_a_line
 from distopt.federated import FederatedAlgorithm
 from distopt.federated.functional import Loss, cross_entropy
+from distopt.federated.network.facts import difference
 from distopt.integrations.flower.client_memory import ClientMemory, InContext, InFolder
 from distopt.integrations.flower.job import Job
 from distopt.integrations.flower.local_side import LocalSide
@@ -73,7 +73,8 @@ def add_client(
         loss: `loss(model, batch)`, the mean over a batch; cross-entropy of (inputs, labels) if left out.
         algorithm: The only one that this node takes part in; whatever the server asks for if left out.
         folder: Where to keep what the algorithm keeps with clients, so that a later run can go on from the server's
-            checkpoint; in the run's context if left out. A folder belongs to one job; nodes may share it.
+            checkpoint; in the run's context if left out. Nodes may share it. Each job makes a folder of its own in it,
+            for whoever tidies up to remove.
         mods: Flower's, for these two actions.
     """
     loss_of_batch = loss
@@ -87,9 +88,10 @@ def add_client(
                 "give both the same"
             )
         client = number(context, told.get("clients"))
-        memory: ClientMemory = InContext(context.state, str(told["run"]))
+        run = str(told["run"])
+        memory: ClientMemory = InContext(context.state, run)
         if folder is not None:
-            memory = InFolder(Path(folder) / f"client-{client}")
+            memory = InFolder(folder, run, client)
         return LocalSide(job, client, model(context), data(context), loss_of_batch), memory, job
 
     @app.query(ACTION, mods=mods)
@@ -97,7 +99,9 @@ def add_client(
         found: dict[str, str | int] = {}
         try:
             local, memory, _ = side(context, message.content)
-            check_same_model({"this client": local.layout.description, "the server": _described(message)})
+            theirs = json.loads(str(message.content.config_records[ROUND]["facts"]))
+            if differs := difference(theirs, local.facts, "this client"):
+                raise ConfigError(differs)
             local.rehearse()
             found = {"client": local.client, "answered": memory.answered}
         except Exception as error:  # what the user's functions raise, too, is for the server to say
@@ -136,23 +140,3 @@ def number(context: Context, num_clients: object) -> int:
             "are nodes with num_clients, or start fewer"
         )
     return client
-
-
-def check_same_model(descriptions: Mapping[str, Sequence[str]]) -> None:
-    """Raises `ConfigError`, which names the first difference, unless two models have the same tensors.
-
-    Args:
-        descriptions: Of each model's tensors, in order, by whose model it is.
-    """
-    (mine, here), (theirs, there) = descriptions.items()
-    for one, other in itertools.zip_longest(here, there, fillvalue="nothing"):
-        if one != other:
-            raise ConfigError(
-                f"{mine} and {theirs} must have the same model, got {one!r} of {mine} and {other!r} of {theirs}, the "
-                "first that differs; make both with the same code"
-            )
-
-
-def _described(message: Message) -> list[str]:
-    listed = message.content.config_records[ROUND]["model"]
-    return list(map(str, listed)) if isinstance(listed, list) else []

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from distopt.errors import StateMismatchError
+from distopt.errors import ConfigError, StateMismatchError
 from distopt.integrations.flower.records import from_arrays, to_arrays
 
 _KEPT = "distopt.kept"
@@ -80,11 +80,18 @@ class InFolder(ClientMemory):
     """In files of one client, one for each answer that the server may ask for again.
 
     Args:
-        folder: Of this client and this job alone.
+        folder: Where to make a folder for the run, and in it one for the client.
+        run: Which strategy asks, and goes on asking after it has been taken back from a checkpoint.
+        client: Its number.
+
+    Raises:
+        ConfigError: The run's name would not do as that of a folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], run: str, client: int) -> None:
+        if not run.isalnum():  # it came from somewhere else
+            raise ConfigError(f"a run must have a name of letters and digits, got {run!r:.80}; use FederatedStrategy")
+        self._folder = Path(folder) / run / f"client-{client}"
 
     @property
     def answered(self) -> int:

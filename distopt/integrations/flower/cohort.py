@@ -6,6 +6,7 @@ does not answer in time counts as not participating.
 Limits: a client whose answer is late begins anew when it is drawn again, and its late answer is dropped.
 """
 
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +17,13 @@ from uuid import uuid4
 import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import nn
 
 from distopt.errors import CompatibilityError, DecodeError
 from distopt.federated import AfterArrivals, Broadcast, EveryInterval, Layout, Participation, Reply, Synchronous
 from distopt.federated.cohort import Answers
 from distopt.federated.exchange import HERE, Exchange
+from distopt.federated.network.facts import facts_of
 from distopt.federated.randomness import stream, stream_key
 from distopt.federated.simulation import settings_of
 from distopt.integrations.flower.app import ACTION
@@ -49,6 +52,7 @@ class FlowerCohort:
 
     Args:
         job: Of all clients.
+        model: The server's.
         layout: Of the model.
         num_clients: How many are registered.
         participation: Who takes part in which round; of an algorithm that does not wait, who may begin.
@@ -61,6 +65,7 @@ class FlowerCohort:
         self,
         *,
         job: Job,
+        model: nn.Module,
         layout: Layout,
         num_clients: int,
         participation: Participation,
@@ -69,6 +74,7 @@ class FlowerCohort:
         clock: Clock = REAL,
     ) -> None:
         self.job, self.layout = job, layout
+        self._facts = facts_of(model=model, layout=layout, settings={}, data=None, num_clients=None)
         self._num_clients = num_clients
         self._participation = participation.begin(num_clients, job.seed)
         self._settings = settings_of(participation)
@@ -109,7 +115,7 @@ class FlowerCohort:
                 {
                     "job": self.job.to_text(),
                     "run": self._run,
-                    "model": self.layout.description,
+                    "facts": json.dumps(self._facts),
                     "clients": self._num_clients,
                 }
             ),
@@ -153,12 +159,12 @@ class FlowerCohort:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Cohort.state_dict`; who was at work begins anew after it is taken back."""
-        return {"drawn": self._participation.state_dict(), "clock_s": self._time_s}
+        return {"drawn": self._participation.state_dict(), "clock_s": self._time_s, "run": self._run}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Cohort.load_state_dict`."""
         self._participation.load_state_dict(state["drawn"])
-        self._time_s = float(state["clock_s"])
+        self._time_s, self._run = float(state["clock_s"]), str(state["run"])
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """One client's side of a job, with no more data than its own, computed as the simulator computes that client."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from distopt.federated import Broadcast, ClientData, Layout, Reply
 from distopt.federated.execution import LoopTrainer
 from distopt.federated.execution.rehearsal import rehearse
 from distopt.federated.functional import Loss
+from distopt.federated.network.facts import facts_of
 from distopt.integrations.flower.job import Job
 
 
@@ -52,6 +54,11 @@ class LocalSide:
     def kept(self) -> tuple[str, ...]:
         """Names of the vectors (d,) that it keeps from round to round."""
         return tuple(self._trainer.kept)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How it is set up, for the server to compare."""
+        return facts_of(model=self.model, layout=self.layout, settings={}, data=None, num_clients=None)
 
     def rehearse(self) -> None:
         """Raises `ConfigError` if its first round would fail: the loss, the optimizer, batches of one sample."""

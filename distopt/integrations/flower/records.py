@@ -4,15 +4,16 @@ A compressed reply travels as its payloads (`distopt.federated.UplinkCompression
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from distopt.errors import DecodeError, in_a_line
-from distopt.federated import Broadcast, FederatedAlgorithm, Layout, Reply
-from distopt.federated.messages import DELTA
+from distopt.federated import Broadcast, Layout, Reply
 from distopt.integrations.flower.job import Job
+from distopt.ops import all_finite
 
 MODEL = "model"
 ROUND = "distopt"
@@ -73,9 +74,7 @@ def read_broadcast(content: RecordDict, layout: Layout) -> Broadcast:
         version = content.config_records[ROUND]["version"]
         model = from_arrays(content.array_records[MODEL])[MODEL]
     except KeyError as error:
-        raise DecodeError(
-            f"a broadcast must have {error}, got one without; is the server's strategy distopt's?"
-        ) from error
+        raise DecodeError(f"a broadcast must have {error}, got one without; use FederatedStrategy") from error
     extras = from_arrays(content.array_records[EXTRAS]) if EXTRAS in content.array_records else {}
     if not isinstance(version, int) or model.shape != (layout.num_elements,) or model.dtype != layout.dtype:
         raise DecodeError(
@@ -86,11 +85,11 @@ def read_broadcast(content: RecordDict, layout: Layout) -> Broadcast:
 
 
 def write_reply(reply: Reply, job: Job) -> RecordDict:
-    """A reply as it travels."""
+    """A reply as it travels; one that is not finite as it is, because 16-bit payloads would make it finite."""
     tensors = dict(reply.tensors)
-    if job.uplink is not None and reply.wire_bytes:  # 0 where there is nothing to say
+    if job.uplink is not None and reply.num_samples and all(all_finite(t.contiguous()) for t in tensors.values()):
         # What `compress` left are at most as many entries as a payload has, rounded: it takes them all, exactly.
-        tensors |= {name: job.uplink.send(tensors[name])[0] for name in _compressed(job.algorithm)}
+        tensors |= {name: job.uplink.send(tensors[name])[0] for name in job.uplink.compressed(job.algorithm)}
     numbers = MetricRecord()
     numbers.update({"num-examples": reply.num_samples, "num-steps": reply.num_steps, "version": reply.version})
     return RecordDict({TENSORS: to_arrays(tensors), NUMBERS: numbers})
@@ -110,21 +109,18 @@ def read_reply(content: RecordDict, job: Job, layout: Layout, client: int) -> Re
     version, num_samples, num_steps = numbers.values()
     if not (isinstance(version, int) and isinstance(num_samples, int) and isinstance(num_steps, int)):
         raise DecodeError(f"the numbers of a reply must be integers, got {numbers}")
-    wire_bytes = None
-    if job.uplink is not None:
-        wire_bytes = sum(tensor.nbytes for tensor in tensors.values()) if num_samples else 0
-        for name in _compressed(job.algorithm) if num_samples else ():
-            if name in tensors and tensors[name].dtype == torch.uint8 and tensors[name].dim() == 1:
+    reply = Reply(client=client, version=version, num_samples=num_samples, num_steps=num_steps, tensors=tensors)
+    return reply if job.uplink is None else _opened(reply, job, layout)
+
+
+def _opened(reply: Reply, job: Job, layout: Layout) -> Reply:
+    assert job.uplink is not None
+    tensors = dict(reply.tensors)
+    try:
+        for name in job.uplink.compressed(job.algorithm):
+            if tensors[name].dtype == torch.uint8:
                 tensors[name] = job.uplink.receive(tensors[name], layout.num_trained, layout.dtype)
-    return Reply(
-        client=client,
-        version=version,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        tensors=tensors,
-        wire_bytes=wire_bytes,
-    )
-
-
-def _compressed(algorithm: FederatedAlgorithm) -> tuple[str, ...]:
-    return (DELTA, *(name for name in algorithm.sends if name not in algorithm.sends_whole))
+        reply = replace(reply, tensors=tensors)
+        return replace(reply, wire_bytes=job.uplink.reply_bytes(job.algorithm, reply))
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"a reply must hold payloads of {layout.num_trained} elements, got {error}") from error

@@ -34,10 +34,10 @@ from distopt.federated import (
     UplinkCompression,
 )
 from distopt.federated.client import kept_names
+from distopt.federated.network.facts import difference
 from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.rounds import Rounds, check_settings
 from distopt.federated.simulation import check_kinds
-from distopt.integrations.flower.app import check_same_model
 from distopt.integrations.flower.cohort import FlowerCohort, Work
 from distopt.integrations.flower.job import Job
 from distopt.integrations.flower.mail import Answer
@@ -85,7 +85,7 @@ class FederatedStrategy(Strategy):
         uplink: UplinkCompression | None = None,
         exclude: tuple[str, ...] = (),
         seed: int = 0,
-        connect_s: float = 60.0,
+        connect_s: float = 120.0,
         poll_s: float = 0.1,
         folder: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -123,6 +123,7 @@ class FederatedStrategy(Strategy):
         )
         self._cohort = FlowerCohort(
             job=job,
+            model=model,
             layout=self.layout,
             num_clients=num_clients,
             participation=participation or Everybody(),
@@ -309,7 +310,8 @@ class FederatedStrategy(Strategy):
     def _take(self, arrays: ArrayRecord) -> None:
         """Puts the initial arrays into the model."""
         given, own = from_arrays(arrays), self.model.state_dict()
-        check_same_model({"initial_arrays": _described(given), "the strategy": _described(own)})
+        if differs := difference({"model": _described(own)}, {"model": _described(given)}, "initial_arrays"):
+            raise ConfigError(differs)
         self.model.load_state_dict(given)
 
     def _connect(self, grid: Grid, timeout_s: float, config: ConfigRecord | None) -> None:

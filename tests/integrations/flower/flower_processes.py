@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from credentials import make_certificates
 
 APP = Path(__file__).parent / "app"
 PROGRAMS = Path(sys.executable).parent
@@ -37,18 +38,23 @@ def free_port():
 class Flower:
     """A SuperLink, perhaps SuperNodes, and runs on them."""
 
-    def __init__(self, home, *, simulation, options=(), variables=None):
+    def __init__(self, home, *, simulation=False, secure=False, variables=None):
         self.home = Path(home)
-        self.home.mkdir(parents=True, exist_ok=True)
         self.variables = environment(self.home) | (variables or {})
         self.port = free_port()
         self.started = []
         kind = ["--simulation"] if simulation else []
-        link = options or ["--insecure"]
+        link, self.node_security, said = ["--insecure"], ["--insecure"], "insecure = true"
+        if secure:
+            make_certificates(self.home)
+            names = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
+            link = [part for name, file in names.items() for part in (f"--ssl-{name}", str(self.home / file))]
+            link.append("--enable-supernode-auth")
+            self.node_security = ["--root-certificates", str(self.home / "ca.crt")]
+            said = f'root-certificates = "{self.home / "ca.crt"}"'
         self.superlink = self.start("superlink", "flower-superlink", *kind, *link, "--port", str(self.port))
-        secure = "insecure = true" if not options else f'root-certificates = "{self.home / "ca.crt"}"'
         (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
+            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{said}\n'
         )
         self._wait_for_port()
 
@@ -65,7 +71,7 @@ class Flower:
     def supernode(self, client, *options):
         """The node of a client; its process id lies in the home's "pids"."""
         process = self.start(
-            f"supernode-{client}", "flower-supernode", *(options or ["--insecure"]),
+            f"supernode-{client}", "flower-supernode", *self.node_security, *options,
             "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()),
             "--node-config", f"partition-id={client}",
         )  # fmt: skip
@@ -74,9 +80,9 @@ class Flower:
         (pids / str(client)).write_text(str(process.pid))
         return process
 
-    def run(self, app=APP, *, job=None, config=(), num_nodes=None, deadline_s=110):
-        """`flwr run`; what it printed, and its exit status."""
-        command = [PROGRAMS / "flwr", "run", str(app), "test", "--stream"]
+    def run(self, app=APP, *, job=None, config=(), num_nodes=None, stream=True, deadline_s=280):
+        """`flwr run`; its exit status, and what it printed, with `stream` until the run is over."""
+        command = ["run", str(app), "test", *(["--stream"] if stream else [])]
         if job is not None:
             job = {"out": str(self.home / "left.pt"), "pids": str(self.home / "pids"), **job}
             command += ["--run-config", f"job='{json.dumps(job)}'"]
@@ -85,9 +91,14 @@ class Flower:
         if num_nodes is not None:
             nodes = f"num-supernodes={num_nodes} client-resources-num-cpus=1 init-args-num-cpus=2"
             command += ["--federation-config", nodes]
+        return self.flwr(*command, deadline_s=deadline_s)
+
+    def flwr(self, *command, deadline_s=60):
+        """Flower's command line; its exit status, and what it printed."""
         done = subprocess.run(
-            command, capture_output=True, text=True, env=self.variables, timeout=deadline_s, cwd=self.home, check=False
-        )
+            [PROGRAMS / "flwr", *command], capture_output=True, text=True, env=self.variables, timeout=deadline_s,
+            cwd=self.home, check=False,
+        )  # fmt: skip
         return done.returncode, done.stdout + done.stderr
 
     def left(self, job, **how):
@@ -105,6 +116,7 @@ class Flower:
     def close(self):
         for process in reversed(self.started):
             end_group(process)
+        wait_for_end(self.home)
 
     def _wait_for_port(self, deadline_s=60):
         until = time.monotonic() + deadline_s
@@ -114,6 +126,29 @@ class Flower:
                     return
             time.sleep(0.1)
         raise RuntimeError(f"the SuperLink does not listen:\n{self.logs()}")
+
+
+def processes_of(home):
+    """The ids of all that runs with this home, however it was started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or is not ours
+        if f"FLWR_HOME={home}".encode() in variables:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_end(home, deadline_s=30):
+    """Until nothing runs with this home any more; an error if something goes on."""
+    until = time.monotonic() + deadline_s
+    while left := processes_of(home):
+        if time.monotonic() > until:
+            names = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in left]
+            raise RuntimeError(f"these outlive the test: {names}")
+        time.sleep(0.2)
 
 
 def end_group(process, patience_s=20):

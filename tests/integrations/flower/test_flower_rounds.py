@@ -290,7 +290,8 @@ def test_a_node_with_another_number_or_none_is_refused(number, message):
 
 def test_another_model_names_the_first_parameter_that_differs():
     with pytest.raises(
-        CompatibilityError, match=r"client \d: .*0.weight \[13, 16\] .* of this client and .0.weight \[12, 16\]"
+        CompatibilityError,
+        match=r"client \d: .* of the model must be the same .*, got 0.weight \[12, 16\] .* and 0.weight \[13, 16\]",
     ):
         started(app=node_app(model=lambda context: make_model(hidden=13)))
 
@@ -299,8 +300,23 @@ def test_a_model_with_more_layers_names_the_first_that_the_other_has_not():
     def deeper(context):
         return make_model().append(nn.Linear(4, 4))
 
-    with pytest.raises(CompatibilityError, match=r"'4.weight \[4, 4\] .* of this client and '1.running_mean"):
+    with pytest.raises(CompatibilityError, match=r"got 1.running_mean \[12\] .* and 4.weight \[4, 4\]"):
         started(app=node_app(model=deeper))
+
+
+def test_other_frozen_values_are_found():
+    """They do not travel: a node that has loaded others would train something else, without a word."""
+
+    def made(value):
+        model = make_model()
+        model[0].requires_grad_(False)
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+        return model
+
+    started(app=node_app(model=lambda context: made(0.5)), model=made(0.5), rounds=1)
+    with pytest.raises(CompatibilityError, match="frozen tensors must be the same on the server and on this client"):
+        started(app=node_app(model=lambda context: made(0.5)), model=made(0.25), rounds=1)
 
 
 def test_initial_arrays_are_the_first_model():
@@ -316,7 +332,9 @@ def test_initial_arrays_are_the_first_model():
 
 def test_initial_arrays_of_another_model_name_the_first_parameter_that_differs():
     made = strategy(FedAvg(), clock := JumpingClock())
-    with pytest.raises(ConfigError, match=r"'0.weight \[13, 16\] torch.float32' of initial_arrays"):
+    with pytest.raises(
+        ConfigError, match=r"initial_arrays, got 0.weight \[12, 16\] torch.float32 and 0.weight \[13, 16\]"
+    ):
         made.start(FakeGrid(node_app(), range(NUM_CLIENTS), clock=clock), ArrayRecord(make_model(13).state_dict()))
 
 
@@ -360,7 +378,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_one(tmp_pat
     made.start(grid, num_rounds=7)
     assert made.history == whole.history
     assert_same_model(made.model, whole.model)
-    for folder in (tmp_path / "clients").iterdir():
+    for folder in (tmp_path / "clients").glob("*/*"):
         assert len(list(folder.iterdir())) <= 4  # of the rounds since the checkpoint, and one before
 
 

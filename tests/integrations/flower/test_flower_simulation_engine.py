@@ -69,3 +69,28 @@ def test_model_and_history_are_the_simulators_to_the_bit(left, number):
         if tensor.is_floating_point():
             assert torch.equal(left[number]["arrays"][name], tensor), name
     assert left[number]["refused"] == left[number]["lost"] == {}
+
+
+def test_replies_that_do_not_fit_and_a_client_that_fails(flower):
+    """NaN, garbage in place of an array, another shape, an exception: each counts as not participating."""
+    faults = {"1": {"0": "nan", "1": "garbage"}, "2": {"1": "shape", "2": "raise"}}
+    job = {"algorithm": {"algorithm": "fedau", "cutoff": 50}, "rounds": 4}
+    told = {"num_clients": NUM_CLIENTS, "jobs": [job], "faults": faults}
+    (left,) = flower.left(told, num_nodes=NUM_CLIENTS)
+    assert left["refused"] == {"not finite": 1, "unreadable": 1, "shape": 1}
+    assert sum(left["lost"].values()) == 1
+    assert "no data today" in next(iter(left["lost"]))
+    assert [row["participants"] for row in left["history"]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2, 3]]
+    assert [row["refused"] for row in left["history"]] == [1, 2, 0, 0]
+    assert all(tensor.isfinite().all() for tensor in left["arrays"].values())
+
+
+def test_fewer_nodes_than_clients_and_a_node_with_another_model(flower):
+    job = {"algorithm": {"algorithm": "fedavg"}}
+    told = {"num_clients": NUM_CLIENTS, "jobs": [job], "connect_s": 30.0}
+    (left,) = flower.left({**told, "other_model": 1}, num_nodes=NUM_CLIENTS)
+    assert "CompatibilityError" in left["error"]
+    assert "got 0.weight [12, 16] torch.float32 trained and 0.weight [13, 16] torch.float32" in left["error"]
+    (left,) = flower.left(told, num_nodes=NUM_CLIENTS - 2)
+    assert "PeerLostError" in left["error"]
+    assert "nobody is client 2, 3" in left["error"]

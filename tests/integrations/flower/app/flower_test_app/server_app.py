@@ -1,5 +1,9 @@
 """The rounds of the jobs, one after the other; leaves what became of them in a file."""
 
+import os
+import signal
+from pathlib import Path
+
 import torch
 from flwr.app import MetricRecord
 from flwr.serverapp import ServerApp
@@ -27,7 +31,8 @@ def run(grid, told, job):
 
     def progress(row):
         if told.get("die_after") == row["round"]:
-            raise SystemExit(7)
+            Path(told["out"]).with_name("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     strategy = FederatedStrategy(
         model=make_model(),
