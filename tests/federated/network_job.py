@@ -34,7 +34,6 @@ from distopt.federated import (
 )
 from distopt.federated.execution import LoopTrainer
 from distopt.federated.network import letters
-from distopt.federated.network.serve import longest_frame
 
 CLIENTS = 9
 _rng = np.random.default_rng(0)
@@ -193,7 +192,7 @@ def serve_until(job, out, **changed):
     with Service(**made, progress=progress) as service:
         service.resume()
         history = service.run(job["rounds"])
-        counted = {"refused": dict(service.refused), "sent": service.bytes_sent, "received": service.bytes_received}
+    counted = {"refused": dict(service.refused), "sent": service.bytes_sent, "received": service.bytes_received}
     return made["model"], history, counted
 
 
@@ -206,7 +205,7 @@ def take_part_in(job, rank, out, **changed):
     if lies := job.get("lies", {}).get(str(rank)):
         real = TCPPeer(
             made.pop("server"), rank=made.pop("rank"), size=1 + made.pop("sites"), secret=read_secret(),
-            max_frame_bytes=longest_frame(Layout(made["model"])),
+            max_frame_bytes=letters.longest_frame(Layout(made["model"])),
         )  # fmt: skip
         made["transport"] = Liar(real, lies)
         os.environ.pop("DISTOPT_JOB_SECRET")  # TCP has it already

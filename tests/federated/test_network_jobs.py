@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -119,7 +120,11 @@ def test_ranks_are_the_simulation_to_the_bit(warm_python, tmp_path, name, more):
     with Job(warm_python, tmp_path, 4, **job, **more) as ranks:
         assert ranks.finish() == [0] * 4, ranks.said()
         check_simulated(ranks.found(), {**job, **more})
-        assert ranks.found()["refused"] == {}
+        found = ranks.found()
+        assert found["refused"] == {}
+        took = "".join(rank._written()[0] for rank in ranks.ranks[1:])
+        assert found["received"] == sum(map(int, re.findall(r"bytes_sent=(\d+)", took)))
+        assert found["sent"] == sum(map(int, re.findall(r"bytes_received=(\d+)", took)))
 
 
 @pytest.mark.job

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from distopt.comm import Message, message
 from distopt.errors import DecodeError
+from distopt.federated.layout import Layout
 from distopt.federated.messages import Broadcast, Reply
 
 SERVER = 0
 TALK_BYTES = 8 << 20  # of a letter's text and lists of clients; settings may name a number for each client
 MOST_TENSORS = 16
+_MOST_VECTORS = 6  # of a letter: what any algorithm sends at a time, with some to spare
 _REASON_CHARACTERS = 5_000
 _MOST = 2**53
 
@@ -131,6 +133,11 @@ class End(Letter):
     reason: str = ""
 
 
+def longest_frame(layout: Layout) -> int:
+    """Of a job with such a model, in bytes."""
+    return TALK_BYTES + 4096 + _MOST_VECTORS * layout.num_elements * layout.dtype.itemsize
+
+
 def encode(letter: Letter) -> Tensor:
     """The letter as a frame."""
     return message.encode(_to_message(letter))
@@ -151,6 +158,11 @@ def decode(frame: Tensor) -> Letter:
     if any(tensor.dim() != 1 for tensor in told.tensors):
         raise DecodeError(f"tensors of a letter are flat, got {[tuple(tensor.shape) for tensor in told.tensors]}")
     return made(_Opened(told))
+
+
+def length(frame: Tensor) -> int:
+    """Bytes of the letter in a frame that `decode` takes; a receiver's buffer may be longer."""
+    return message.length(frame)
 
 
 # -- from letters ------------------------------------------------------------------------------------------------------

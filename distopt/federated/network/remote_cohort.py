@@ -309,9 +309,9 @@ class RemoteCohort:
         if got is None:
             return False
         rank, frame = got
-        self.bytes_received += frame.numel()
         try:
             letter = letters.decode(frame)
+            self.bytes_received += letters.length(frame)
             if letter.sender != rank:
                 raise DecodeError(f"it says that it is of rank {letter.sender}")
             self._read(letter)

@@ -12,10 +12,11 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from distopt.comm import Sealed, TCPPeer, TCPServer, Transport, end_quietly, find_job, read_secret
-from distopt.config import check_count
+from distopt.config import check_count, check_number
 from distopt.errors import CompatibilityError, ConfigError
 from distopt.federated.network.letters import SERVER
 
+CLOSE_S = 10.0  # for what is queued when a process ends
 _RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -217,3 +218,20 @@ def check_takes_part(seat: Seat) -> None:
         raise ConfigError(
             f"rank {SERVER} serves and every other rank takes part, got take_part on rank {SERVER}; call serve there"
         )
+
+
+def check_one_way(transport: str | Transport, ranks_per_site: int, **address: str | None) -> None:
+    """Raises `ConfigError` if a transport is given beside an address, or sites of several ranks."""
+    ((name, given),) = address.items()
+    if given is not None and transport != "auto":
+        raise ConfigError(f"one of transport and {name} says how processes talk, got both; leave transport out")
+    if given is not None and ranks_per_site != 1:
+        raise ConfigError(
+            f"ranks_per_site must be 1 beside {name}, got {ranks_per_site}; sites of several ranks are torchrun's"
+        )
+
+
+def check_seconds(**seconds: float) -> None:
+    """Raises `ConfigError` unless each is a number above 0."""
+    for name, value in seconds.items():
+        check_number(name, value, rule="a number of seconds above 0", remedy="use 60.0", low=0.0, high=1e9)

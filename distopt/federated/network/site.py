@@ -203,9 +203,9 @@ class Site:
         if got is None:
             return False
         rank, frame = got
-        self._counted["bytes received"] += frame.numel()
         try:
             letter = letters.decode(frame)
+            self._counted["bytes received"] += letters.length(frame)
             if rank != SERVER or letter.sender != SERVER:
                 raise DecodeError(f"only rank {SERVER} tells a site what to do, got a letter of {letter.sender}")
             self._follow(letter)

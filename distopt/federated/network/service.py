@@ -1,14 +1,9 @@
-"""A federated job of several processes: one serves, the others take part with the clients that they host.
-
-    if rank == 0:
-        history = distopt.federated.serve(rounds=100, model=model, clients=data, algorithm=FedAU(), ...)
-    else:
-        distopt.federated.take_part(model=model, clients=data, ...)
+"""The server of a federated job of several processes.
 
 The names are those of `Simulation` where they mean the same. A synchronous job gives the history and the model of
 `Simulation(mode="loop")` to the bit.
 
-Limits: all float tensors of the model are averaged, on the CPU. A client's data are with one site.
+Limits: all float tensors of the model are averaged, on the CPU.
 """
 
 import logging
@@ -22,33 +17,27 @@ from typing import Any, Self
 from torch import nn
 
 from distopt.comm import Transport
-from distopt.config import check_count, check_number
+from distopt.config import check_count
 from distopt.errors import ConfigError
 from distopt.federated.algorithm import FederatedAlgorithm
 from distopt.federated.data import ClientData
-from distopt.federated.execution import LoopTrainer, Trainer
 from distopt.federated.execution.averaged import check_all_averaged
 from distopt.federated.execution.counters import count_batches
-from distopt.federated.execution.rehearsal import rehearse
-from distopt.federated.functional import Loss, cross_entropy
 from distopt.federated.history import History
 from distopt.federated.layout import Layout
 from distopt.federated.local_training import LocalTraining
 from distopt.federated.network.facts import facts_of, plain
-from distopt.federated.network.journal import Journal
-from distopt.federated.network.letters import TALK_BYTES
+from distopt.federated.network.letters import longest_frame
 from distopt.federated.network.remote_cohort import RemoteCohort
 from distopt.federated.network.roster import Roster
 from distopt.federated.network.seats import (
-    Seat,
+    CLOSE_S,
+    check_one_way,
+    check_seconds,
     check_serves,
-    check_takes_part,
     find_seat,
-    join_by_tcp,
     serve_by_tcp,
 )
-from distopt.federated.network.site import Attendance, Site
-from distopt.federated.network.site_group import GroupTrainer, follow, say_end, say_settings
 from distopt.federated.participation import Everybody, Participation
 from distopt.federated.privacy.job import JobFacts, check_job
 from distopt.federated.randomness import check_seed
@@ -57,8 +46,6 @@ from distopt.federated.simulation import check_kinds, settings_of
 from distopt.federated.uplink import UplinkCompression
 
 _log = logging.getLogger("distopt")
-_MOST_VECTORS = 6  # of a frame: what any algorithm sends at a time, with some to spare
-_CLOSE_S = 10.0
 
 
 class Service:
@@ -133,7 +120,7 @@ class Service:
             ("participation", participation, Participation | None),
             ("uplink", uplink, UplinkCompression | None),
         )
-        _check_seconds(deadline_s=deadline_s, wait_s=wait_s)
+        check_seconds(deadline_s=deadline_s, wait_s=wait_s)
         check_seed(seed)
         count = _num_clients(clients, num_clients)
         self.model, self.algorithm = model, algorithm
@@ -153,7 +140,7 @@ class Service:
         )
         check_job(algorithm, facts)
         drawn = (participation or Everybody()).begin(count, seed)
-        _check_one_way(transport, ranks_per_site, listen=listen)
+        check_one_way(transport, ranks_per_site, listen=listen)
         if listen is not None:
             seat = serve_by_tcp(listen, sites, secret=secret)
         else:
@@ -226,7 +213,7 @@ class Service:
                 stop_at_epsilon=stop_at_epsilon,
             )
         except BaseException:
-            self._transport.close(_CLOSE_S)
+            self._transport.close(CLOSE_S)
             raise
         self._closed = False
 
@@ -302,7 +289,7 @@ class Service:
             return
         self._closed = True
         self._cohort.end(reason)
-        self._transport.close(_CLOSE_S)
+        self._transport.close(CLOSE_S)
 
 
 def serve(*, rounds: int, resume: bool = True, **settings: Any) -> History:
@@ -325,184 +312,6 @@ def serve(*, rounds: int, resume: bool = True, **settings: Any) -> History:
         return service.run(rounds)
 
 
-def take_part(
-    *,
-    model: nn.Module,
-    clients: ClientData,
-    hosts: Sequence[int] | None = None,
-    algorithm: FederatedAlgorithm | None = None,
-    local: LocalTraining | None = None,
-    loss: Loss | None = None,
-    exclude: tuple[str, ...] = (),
-    seed: int | None = None,
-    uplink: UplinkCompression | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    wait_s: float = 60.0,
-    patience_s: float = 3600.0,
-    transport: str | Transport = "auto",
-    server: str | None = None,
-    rank: int | None = None,
-    sites: int | None = None,
-    secret: bytes | None = None,
-    ranks_per_site: int = 1,
-) -> Attendance | None:
-    """Trains the clients that this process hosts, on every rank but 0, until the server ends the job.
-
-    Args:
-        model: As the server's; its parameters are overwritten.
-        clients: Their data: of all clients of the job, or with `hosts` of those alone, in that order.
-        hosts: The numbers of this site's clients; an even split among the sites if left out.
-        algorithm: As the server's; what the server says if left out, which is compared if it is given.
-        local: Likewise.
-        loss: `loss(model, batch)`, the mean over a batch; cross-entropy of (inputs, labels) if left out.
-        exclude: As the server's.
-        seed: See `algorithm`.
-        uplink: See `algorithm`.
-        folder: Where vectors of clients lie in memory-mapped files; in memory if left out.
-        checkpoint: A file of this site that holds what its clients keep, for a site that is started again.
-        wait_s: How long the server may take to answer at the start.
-        patience_s: How long the server may be silent, or gone where it can come back.
-        transport: See `Service`. Or
-        server: "host:port" where the server listens by TCP.
-        rank: Of this site, from 1 to `sites`, with `server`.
-        sites: How many sites there are, with `server`.
-        secret: See `Service`.
-        ranks_per_site: So many ranks, 1 to n, n + 1 to 2 n and so on, are one site: each trains a share of every batch,
-            and their gradients are averaged. Their result is the simulation's up to rounding.
-
-    Returns:
-        What this site did; None on a rank that does not speak for its site.
-
-    Raises:
-        ConfigError: A value breaks its rule, or this process is rank 0.
-        CompatibilityError: The server refuses this site: the reason says in what it differs.
-        PeerLostError: The server cannot be reached, or is gone.
-        StateMismatchError: `checkpoint` belongs to another site, or the server goes on from a round that it has not.
-    """
-    check_kinds(
-        ("clients", clients, ClientData),
-        ("algorithm", algorithm, FederatedAlgorithm | None),
-        ("local", local, LocalTraining | None),
-        ("uplink", uplink, UplinkCompression | None),
-    )
-    _check_seconds(wait_s=wait_s, patience_s=patience_s)
-    layout = Layout(model, exclude)
-    check_all_averaged(model, layout, "a service")
-    _check_one_way(transport, ranks_per_site, server=server)
-    if server is not None:
-        seat = join_by_tcp(server, rank, sites, secret=secret, wait_s=wait_s, patience_s=patience_s)
-    else:
-        seat = find_seat(transport, ranks_per_site=ranks_per_site, wait_s=wait_s, secret=secret)
-    check_takes_part(seat)
-    group = seat.group
-    hosted, data = _hosted(clients, hosts, seat)
-    given = {
-        "algorithm": None if algorithm is None else algorithm.to_dict(),
-        "local": None if local is None else local.to_dict(),
-        "seed": seed,
-        "uplink": None if uplink is None else uplink.to_dict(),
-    }
-    whole = data is clients
-
-    def train(settings: Mapping[str, Any]) -> LoopTrainer:
-        made = {
-            "model": model,
-            "layout": layout,
-            "algorithm": FederatedAlgorithm.from_dict(settings["algorithm"]),
-            "local": LocalTraining.from_dict(settings["local"]),
-            "data": data,
-            "loss": loss or cross_entropy,
-            "seed": settings["seed"],
-            "uplink": None if settings["uplink"] is None else UplinkCompression.from_dict(settings["uplink"]),
-            "folder": folder,
-        }
-        return LoopTrainer(**made) if group is None else GroupTrainer(group, **made)
-
-    def build(settings: Mapping[str, Any]) -> tuple[Trainer, Journal]:
-        trainer = train(settings)
-        rehearse(trainer)
-        if group is not None:
-            say_settings(plain(settings), group)
-        journal = Journal(trainer.kept, checkpoint, {"settings": plain(settings), "hosts": list(hosted)})
-        journal.read()
-        return trainer, journal
-
-    opened = seat.open(longest_frame(layout))
-    try:
-        if not seat.leads:
-            assert group is not None
-            follow(group, train)
-            return None
-        whole = data is clients
-        site = Site(
-            opened,
-            hosts=hosted,
-            samples=[data.num_samples(client) for client in hosted],
-            facts=facts_of(
-                model=model,
-                layout=layout,
-                settings={name: value for name, value in given.items() if value is not None},
-                data=clients if whole else None,
-                num_clients=clients.num_clients if whole else None,
-            ),
-            build=build,
-            wait_s=wait_s,
-            patience_s=patience_s,
-            may_return=seat.may_return,
-        )
-        try:
-            return site.take_part()
-        finally:
-            if group is not None:
-                say_end(group)
-    finally:
-        opened.close(_CLOSE_S)
-
-
-def longest_frame(layout: Layout) -> int:
-    """Of a job with such a model, in bytes."""
-    return TALK_BYTES + 4096 + _MOST_VECTORS * layout.num_elements * layout.dtype.itemsize
-
-
-def _hosted(clients: ClientData, hosts: Sequence[int] | None, seat: Seat) -> tuple[tuple[int, ...], ClientData]:
-    """Whom this site hosts, and the data by the job's numbers of the clients."""
-    if hosts is None:
-        if seat.num_sites > clients.num_clients:
-            raise ConfigError(
-                f"there must be at most one site for each of the {clients.num_clients} clients, got {seat.num_sites}; "
-                "start fewer processes"
-            )
-        return tuple(range(seat.site, clients.num_clients, seat.num_sites)), clients
-    listed = tuple(hosts)
-    for client in listed:
-        check_count("each of hosts", client, low=0, remedy="give the numbers of the clients")
-    if not listed or len(set(listed)) != len(listed):
-        raise ConfigError(f"hosts must be different clients, at least one, got {list(listed)}; name each once")
-    if len(listed) == clients.num_clients and sorted(listed) != list(range(clients.num_clients)):
-        empty = clients.parts[0][:0]
-        parts = [empty] * (max(listed) + 1)
-        for client, part in zip(listed, clients.parts, strict=True):
-            parts[client] = part
-        return listed, ClientData(clients.tensors, parts)
-    if max(listed) >= clients.num_clients:
-        raise ConfigError(
-            f"hosts must be clients from 0 to {clients.num_clients - 1}, got {max(listed)}; give the data of all "
-            f"clients, or of the {len(listed)} that are hosted alone"
-        )
-    return listed, clients
-
-
-def _check_one_way(transport: str | Transport, ranks_per_site: int, **address: str | None) -> None:
-    ((name, given),) = address.items()
-    if given is not None and transport != "auto":
-        raise ConfigError(f"one of transport and {name} says how processes talk, got both; leave transport out")
-    if given is not None and ranks_per_site != 1:
-        raise ConfigError(
-            f"ranks_per_site must be 1 beside {name}, got {ranks_per_site}; sites of several ranks are torchrun's"
-        )
-
-
 def _num_clients(clients: ClientData | None, num_clients: int | None) -> int:
     if num_clients is not None:
         check_count("num_clients", num_clients, low=1, remedy="give how many clients there are")
@@ -515,8 +324,3 @@ def _num_clients(clients: ClientData | None, num_clients: int | None) -> int:
             f"num_clients must be {clients.num_clients} beside these clients, got {num_clients}; leave it out"
         )
     return clients.num_clients
-
-
-def _check_seconds(**seconds: float) -> None:
-    for name, value in seconds.items():
-        check_number(name, value, rule="a number of seconds above 0", remedy="use 60.0", low=0.0, high=1e9)
