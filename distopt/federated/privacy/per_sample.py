@@ -57,7 +57,7 @@ def clipped_sum(
         gradients = _flat(of_each(here, samples), here)
         if there is not None:
             gradients -= _flat(of_each(there, samples), here)
-        total += _clipped(gradients, bound).sum(0)
+        total += _sum_of_clipped(gradients, bound)
     return total
 
 
@@ -92,11 +92,15 @@ def _split(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flat(gradients: dict[str, Tensor], order: dict[str, Tensor]) -> Tensor:
-    """(samples, d) float64."""
-    return torch.cat([gradients[name].flatten(1) for name in order], dim=1).double()
+    """(samples, d)."""
+    return torch.cat([gradients[name].flatten(1) for name in order], dim=1)
 
 
-def _clipped(gradients: Tensor, bound: float) -> Tensor:
-    norms = gradients.norm(dim=1, keepdim=True)
+def _sum_of_clipped(gradients: Tensor, bound: float) -> Tensor:
+    """(d,) float64."""
+    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)  # whose squares may be too large for float32
+    finite = norms.isfinite()
+    if not finite.all():
+        gradients, norms = gradients[finite], norms[finite]
     factors = bound / norms.clamp_min(bound) if bound > 0 else torch.zeros_like(norms)
-    return torch.where(norms.isfinite(), gradients * factors, 0.0)
+    return factors @ gradients.double()
