@@ -31,7 +31,7 @@ from distopt.federated import (
 CHECKPOINT, DESCRIPTION = "checkpoint.pt", "config.json"
 _BATCH = 1000  # test samples at a time
 # When a run goes on; the checkpoint knows its mode.
-_MAY_CHANGE = {"rounds", "evaluate_every", "checkpoint_every", "mode", "spill"}
+_MAY_CHANGE = {"rounds", "evaluate_every", "checkpoint_every", "mode", "spill", "stop_at_epsilon"}
 
 
 class Job:
@@ -65,7 +65,8 @@ class Job:
             process = participation.begin(clients.num_clients, run.seed)
         with settings.naming("delays"):
             delays = None if settings.delays is None else settings.delays.begin(clients.num_clients, run.seed)
-        algorithm = settings.algorithm(process, delays)
+        algorithm = settings.algorithm(clients, process, delays)
+        local = settings.local if algorithm.takes_steps or "local" in settings.given else None
         if delays is None and not isinstance(algorithm.pacing, Synchronous):
             with settings.naming("delays"):
                 raise ConfigError(
@@ -83,7 +84,7 @@ class Job:
                 model=model,
                 clients=clients,
                 algorithm=algorithm,
-                local=settings.local,
+                local=local,
                 participation=participation,
                 delays=settings.delays,
                 evaluate=_evaluation(data),
@@ -96,6 +97,7 @@ class Job:
                 checkpoint=folder / CHECKPOINT,
                 checkpoint_every=run.checkpoint_every,
                 progress=progress,
+                stop_at_epsilon=run.stop_at_epsilon,
             )
         self.settings, self.folder = settings, folder
         parts = (settings.partition, participation, settings.delays, settings.uplink)

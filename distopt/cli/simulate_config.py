@@ -4,11 +4,13 @@ Whatever is wrong in the file is said with its name, the table, the value and th
 takes part, where that is correlated with the labels) is made when they are there.
 """
 
+import dataclasses
 import importlib.util
+import math
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,6 +37,7 @@ from distopt.federated import (
     label_distributions,
 )
 from distopt.federated.execution.choose import MODES
+from distopt.federated.privacy.private_algorithm import PrivateAlgorithm
 
 FloatArray = NDArray[np.float64]
 
@@ -75,6 +78,7 @@ class Run(Configurable, tag="run", name="run"):
     exclude: tuple[str, ...] = ()  # more of the model stays with each client
     mode: str = "auto"  # how clients are computed: another mode is faster, its last bits are others
     spill: bool = False  # True: clients' vectors lie in files of the folder: slower, and more of them
+    stop_at_epsilon: float | None = None  # of a private algorithm: smaller ends the run earlier
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds, low=1, remedy="give how many rounds in all")
@@ -85,6 +89,9 @@ class Run(Configurable, tag="run", name="run"):
             raise ConfigError(f'exclude must be a list of names, got {self.exclude!r}; use ["batch-norm"] or []')
         check_choice("mode", self.mode, MODES)
         check_switch("spill", self.spill)
+        if self.stop_at_epsilon is not None:
+            remedy, rule = "use 3.0, or leave it out", "a number above 0"
+            check_number("stop_at_epsilon", self.stop_at_epsilon, rule=rule, remedy=remedy, low=0.0, high=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +137,11 @@ class Settings:
     Attributes:
         path: Of the file.
         tables: By name; those that were left out have their defaults.
+        given: Names of those that were not left out.
     """
 
-    def __init__(self, path: Path, tables: Mapping[str, dict[str, Any]]) -> None:
-        self.path = path
+    def __init__(self, path: Path, tables: Mapping[str, dict[str, Any]], given: Collection[str]) -> None:
+        self.path, self.given = path, frozenset(given)
         self.tables = dict(tables)
         self.data: Data = self._made("data")
         self.partition: Partition = self._made("partition")
@@ -165,11 +173,14 @@ class Settings:
         made: Participation = self._made("participation", table)
         return made
 
-    def algorithm(self, participation: ParticipationProcess, delays: DelayProcess | None) -> FederatedAlgorithm:
-        """The algorithm, told what only the models of participation and delays know, where the file asks for it.
+    def algorithm(
+        self, clients: ClientData, participation: ParticipationProcess, delays: DelayProcess | None
+    ) -> FederatedAlgorithm:
+        """The algorithm, told what only the job knows, where the file asks for it or leaves it out.
 
-        `known-participation` without `probability` gets that of the model of participation, and `times_s = "delays"`
-        becomes the mean seconds of each client.
+        `known-participation` without `probability` gets that of the model of participation, `times_s = "delays"`
+        becomes the mean seconds of each client, and private algorithms get the `rounds`, `num_clients` and
+        `fewest_samples` that their noise depends on.
 
         Raises:
             ConfigError: The table is wrong.
@@ -180,8 +191,19 @@ class Settings:
                 table["probability"] = _told("probability", participation.probabilities, "participation")
             if table.get("times_s") == DELAYS:
                 table["times_s"] = _told("times_s", None if delays is None else delays.mean_s, "delays")
+            for name, fact in self._of_job(table, clients).items():
+                table.setdefault(name, fact)
         made: FederatedAlgorithm = self._made("algorithm", table)
         return made
+
+    def _of_job(self, table: Mapping[str, Any], clients: ClientData) -> dict[str, int]:
+        made = FederatedAlgorithm._known.get(str(table.get("algorithm")))
+        if not (isinstance(made, type) and issubclass(made, PrivateAlgorithm)):
+            return {}
+        facts = {"num_clients": clients.num_clients, "fewest_samples": min(map(len, clients.parts))}
+        fields = {field.name for field in dataclasses.fields(made)}
+        told = {name: fact for name, fact in facts.items() if name in fields}
+        return told | ({"rounds": self.run.rounds} if "epsilon" in table or told else {})
 
     @contextmanager
     def naming(self, table: str) -> Iterator[None]:
@@ -227,7 +249,7 @@ def read(path: Path) -> Settings:
                 f"as {kind.tag} = ..."
             )
         tables[name] = table
-    return Settings(path, tables)
+    return Settings(path, tables, content)
 
 
 def default_text() -> str:

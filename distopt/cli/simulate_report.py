@@ -24,6 +24,7 @@ def summary(history: History, refused: Mapping[str, int], target: float | None) 
         LOSS: history.last(LOSS),
         "bytes": history.total_bytes(),
         "virtual_s": history.last("time_s") if timed else None,
+        "epsilon": history.last("epsilon") if history.has_epsilon else None,
         "clients_that_took_part": len(history.participation()),
         "replies_refused": dict(refused),
     }
@@ -40,8 +41,10 @@ def summary(history: History, refused: Mapping[str, int], target: float | None) 
 def table(history: History) -> Table:
     """Some rounds that were evaluated, evenly spread, the last among them."""
     made = Table()
-    timed = history.has_time
-    for heading in ("round", ACCURACY, LOSS, "MB sent", *(["virtual s"] if timed else [])):
+    timed, private = history.has_time, history.has_epsilon
+    for heading in (
+        "round", ACCURACY, LOSS, "MB sent", *(["virtual s"] if timed else []), *(["epsilon"] if private else [])
+    ):  # fmt: skip
         made.add_column(heading, justify="right")
     sent, rows = 0, []
     for row in history:
@@ -51,7 +54,8 @@ def table(history: History) -> Table:
     first = (len(rows) - 1) % -(-len(rows) // _ROWS)
     for row, sent in rows[first :: -(-len(rows) // _ROWS)]:
         cells = [str(row["round"]), f"{row[ACCURACY]:.2%}", f"{row[LOSS]:.4f}", f"{sent / 1e6:,.2f}"]
-        made.add_row(*cells, *([f"{row['time_s']:,.1f}"] if timed else []))
+        cells += [f"{row['time_s']:,.1f}"] if timed else []
+        made.add_row(*cells, *([f"{row['epsilon']:.3f}"] if private else []))
     return made
 
 
@@ -61,6 +65,8 @@ def lines(found: dict[str, Any], num_clients: int) -> str:
         f"Final accuracy {found[ACCURACY]:.2%} after {found['rounds']} rounds and {found['bytes'] / 1e6:,.2f} MB sent, "
         f"down and up{_virtual(found)}; {found['clients_that_took_part']} of {num_clients} clients took part."
     ]
+    if found["epsilon"] is not None:
+        said.append(f"Epsilon {found['epsilon']:.4g} has been spent, at the delta of [algorithm].")
     if refused := found["replies_refused"]:
         said.append(f"Replies refused: {', '.join(f'{count} {reason}' for reason, count in sorted(refused.items()))}.")
     if target := found.get("target"):

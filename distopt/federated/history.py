@@ -83,6 +83,11 @@ class History:
         """Whether rounds have a virtual time."""
         return bool(self.rows) and curves.axis(self.rows, "time_s") is not None
 
+    @property
+    def has_epsilon(self) -> bool:
+        """Whether rounds have an epsilon."""
+        return bool(self.rows) and curves.axis(self.rows, "epsilon") is not None
+
     def participation(self) -> dict[int, int]:
         """In how many rounds each client took part, by client; who never did is left out."""
         return curves.participation(self.rows)

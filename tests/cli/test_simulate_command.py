@@ -248,7 +248,7 @@ def test_known_participation_knows_that_of_the_model_of_participation(small, tmp
     )
     participation = settings.participation(clients)
     assert len(set(participation.probability)) > 1
-    assert settings.algorithm(participation.begin(10), None).probability == participation.probability
+    assert settings.algorithm(clients, participation.begin(10), None).probability == participation.probability
 
 
 DELAYS = '[delays]\ndelays = "constant"\nslowest = 5.0\n[run]'
@@ -369,3 +369,91 @@ def test_refused_replies_are_told_by_their_reason(small, tmp_path):
     assert "Replies refused: 18 not finite." in said
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["summary"]
     assert found["replies_refused"] == {"not finite": 18}
+
+
+PRIVATE = """
+[data]
+clients = 10
+[model]
+model = "softmax"
+[algorithm]
+algorithm = "{name}"
+{keys}
+[run]
+rounds = 6
+evaluate_every = 2
+checkpoint_every = 1
+{run}
+"""
+
+
+def private(tmp_path, name, keys="", run="", also=""):
+    path = tmp_path / "private.toml"
+    path.write_text(PRIVATE.format(name=name, keys=keys, run=run) + also)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("diff2", "epsilon = 5.0\ninterval = 3\nclip_difference = 2.0\nlr = 0.3"),
+        ("dp-gd", 'epsilon = 5.0\nnoise = "distributed"\nlr = 0.3'),
+        ("dp-fedavg", 'epsilon = 50.0\nquantile = 0.5\naccountant = "rdp"'),
+    ],
+)
+def test_private_algorithms_know_the_job_and_say_what_they_spend(tmp_path, name, keys):
+    out = tmp_path / "out"
+    said = simulated(private(tmp_path, name, keys), "--out", out)
+    summary = json.loads((out / "summary.json").read_text())["summary"]
+    history = History.read(out / "history.json")
+    assert history.last("epsilon") == summary["epsilon"] <= float(keys.split()[2])
+    assert f"Epsilon {summary['epsilon']:.4g} has been spent" in said
+    assert f"{summary['epsilon']:.3f}" in said
+    with (out / "history.csv").open() as file:
+        assert [float(row["epsilon"]) for row in csv.DictReader(file)] == [e for _, e in history.column("epsilon")]
+    described = json.loads((out / "config.json").read_text())["algorithm"]
+    assert described["rounds"] == 6
+    if name != "dp-fedavg":
+        assert described["num_clients"] == 10
+        assert described["fewest_samples"] == min(len(part) for part in datasets_split())
+
+
+def datasets_split():
+    data = datasets.load("digits")
+    return IIDPartition().split(data.train_labels.numpy(), 10, 0)
+
+
+def test_a_private_run_stops_at_its_epsilon_and_may_go_on_to_another(tmp_path):
+    out = tmp_path / "out"
+    keys = "epsilon = 5.0\ninterval = 3"
+    simulated(private(tmp_path, "diff2", keys, "stop_at_epsilon = 4.6"), "--out", out)
+    rows = len(History.read(out / "history.json"))
+    assert 0 < rows < 6
+    assert f"goes on after round {rows} of 6" in simulated(private(tmp_path, "diff2", keys), "--out", out)
+    assert len(History.read(out / "history.json")) == 6
+
+
+@pytest.mark.parametrize(
+    ("keys", "run", "also", "said"),
+    [
+        ("sigma = 1.0", "", "", r"\[algorithm\]: unknown key 'sigma' for algorithm 'diff2'; known keys are .*interval"),
+        ("", "stop_at_epsilon = 0.0", "", r"\[run\]: stop_at_epsilon must be a number above 0, got 0\.0"),
+        ("", "", "[local]\nsteps = 3\n", r"\[algorithm\]: local must be left out for 'diff2'"),
+        (
+            "",
+            "",
+            '[participation]\nparticipation = "uniform"\ncount = 3\n',
+            "participation must be everybody for 'diff2'",
+        ),
+        ("num_clients = 9", "", "", "num_clients must be that of the job, 10, got 9"),
+    ],
+)
+def test_private_jobs_that_will_not_do_are_one_line(tmp_path, keys, run, also, said):
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(refused(private(tmp_path, "diff2", keys, run, also), "--out", tmp_path / "out"))
+
+
+def test_a_private_run_that_saves_now_and_then_is_refused(tmp_path):
+    path = private(tmp_path, "dp-fedavg", "noise_multiplier = 1.0")
+    path.write_text(path.read_text().replace("checkpoint_every = 1", "checkpoint_every = 2"))
+    assert "checkpoint_every must be 1 or 0 for 'dp-fedavg', got 2" in refused(path, "--out", tmp_path / "out")

@@ -98,7 +98,9 @@ def _flat(gradients: dict[str, Tensor], order: dict[str, Tensor]) -> Tensor:
 
 def _sum_of_clipped(gradients: Tensor, bound: float) -> Tensor:
     """(d,) float64."""
-    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)  # whose squares may be too large for float32
+    norms = torch.linalg.vector_norm(
+        gradients, dim=1, dtype=torch.float64
+    )  # whose squares may be too large for float32
     finite = norms.isfinite()
     if not finite.all():
         gradients, norms = gradients[finite], norms[finite]
