@@ -9,8 +9,8 @@ standard deviation 1. Inputs and targets are standardised, so a loss of 1 is tha
 
 Both get the same number of candidates, drawn at random from the ranges in `drawn` and tried in full-length runs with a
 seed that is not used again; the one with the least train loss at the end of those with epsilon 3 is taken, for both
-epsilons. DIFF2 has two settings more to find with as many. The seeds decide the split, the first model, the noise and, of friedman, the
-data. "no noise" is gradient descent with the same rounds, for comparison.
+epsilons. DIFF2 has two settings more to find with as many. The seeds decide the split, the first model, the noise and,
+of friedman, the data. "no noise" is gradient descent with the same rounds, for comparison.
 
 Limits: fewer rounds than the paper's, to fit into a quarter of an hour on two cores. Tuning is not paid for in epsilon.
 """
