@@ -142,7 +142,7 @@ class Client:
         def summed(bound: float, previous: Tensor | None) -> Tensor:
             total, count = torch.zeros(len(head), dtype=torch.float64, device=head.device), 0
             for batch in samples():
-                total += clipped_sum(model, parameters, self.loss, batch, bound, previous=previous)
+                total += self.clipped_gradients(model, parameters, batch, bound, previous)
                 count += len(batch[0])
             if count != num_samples:
                 raise ConfigError(
@@ -169,6 +169,12 @@ class Client:
             num_steps=1 if num_samples else 0,
             tensors={**sent, REST: rest} if rest.numel() else sent,
         )
+
+    def clipped_gradients(
+        self, model: nn.Module, parameters: list[nn.Parameter], batch: Batch, bound: float, previous: Tensor | None
+    ) -> Tensor:
+        """(d,) float64, the sum over a batch's samples of each one's clipped gradient, see `per_sample.clipped_sum`."""
+        return clipped_sum(model, parameters, self.loss, batch, bound, previous=previous)
 
     def _local_step(
         self,

@@ -72,12 +72,13 @@ class Listed(Participation, name="listed-in-a-test"):
 
 
 def settings(job):
+    algorithm = FederatedAlgorithm.from_dict(job["algorithm"])
     chance = job.get("chance")
     return {
         "model": build(plain=job.get("plain", False)),
         "clients": data(),
-        "algorithm": FederatedAlgorithm.from_dict(job["algorithm"]),
-        "local": LocalTraining(steps=3, batch_size=8, lr=0.1, drop_last=True),
+        "algorithm": algorithm,
+        "local": LocalTraining(steps=3, batch_size=8, lr=0.1, drop_last=True) if algorithm.takes_steps else None,
         "participation": Everybody() if chance is None else Bernoulli(probability=chance),
         "evaluate": evaluate,
         "seed": job.get("seed", 5),

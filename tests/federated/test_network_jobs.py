@@ -189,6 +189,22 @@ def test_a_site_of_several_ranks_refuses_batch_norm(warm_python, tmp_path):
         assert all(said in rank._written()[1] for rank in ranks.ranks[:2])
 
 
+@pytest.mark.job
+def test_a_site_of_several_ranks_shares_the_samples_that_it_looks_at(warm_python, tmp_path):
+    """DIFF2 with hardly any noise, whose last bits would decide what it is."""
+    sizes = [len(part) for part in network_job.data().parts]
+    settings = {"num_clients": len(sizes), "fewest_samples": min(sizes), "epsilon": 1e14, "interval": 2}
+    job = {"algorithm": {"algorithm": "diff2", "clip_difference": 9.0, **settings}, "rounds": 4, "plain": True}
+    job.update(server={"ranks_per_site": 2}, site={"ranks_per_site": 2})
+    with Job(warm_python, tmp_path, 5, **job) as ranks:
+        assert ranks.finish() == [0] * 5, ranks.said()
+        rows, model = simulated(job)
+        found = ranks.found()
+        assert [row["epsilon"] for row in found["rows"]] == [row["epsilon"] for row in rows]
+        torch.testing.assert_close(found["model"], model, rtol=0, atol=1e-5)
+        assert not torch.allclose(found["model"], simulated({**job, "rounds": 3})[1], rtol=0, atol=1e-3)
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 SITE_2 = [1, 4, 7]  # whom rank 2 of 4 hosts

@@ -49,6 +49,15 @@ class SharingClient(Client):
         parts = total.split([p.numel() for p in parameters])
         return tuple(part.view(p.shape) for part, p in zip(parts, parameters, strict=True))
 
+    def clipped_gradients(
+        self, model: nn.Module, parameters: list[nn.Parameter], batch: Batch, bound: float, previous: Tensor | None
+    ) -> Tensor:
+        """See `Client.clipped_gradients`. Collective."""
+        share = tuple(part.tensor_split(self.group.size())[self.group.rank()] for part in batch)
+        total = super().clipped_gradients(model, parameters, share, bound, previous)
+        all_reduce_sum(total, self.group).wait()
+        return total
+
 
 class GroupTrainer(LoopTrainer):
     """The clients of a site of several ranks; on its leader.
