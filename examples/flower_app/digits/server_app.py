@@ -5,8 +5,8 @@ import tomllib
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from digits.task import LOCAL, evaluate, make_model
-from distopt import federated, from_config
+from digits.task import LOCAL, evaluate, make_model, make_participation, result
+from distopt import from_config
 from distopt.integrations.flower import FederatedStrategy
 
 app = ServerApp()
@@ -15,23 +15,25 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
+    num_clients, model = int(config["clients"]), make_model()
     strategy = FederatedStrategy(
-        model=make_model(),
-        num_clients=int(config["clients"]),
+        model=model,
+        num_clients=num_clients,
         algorithm=from_config({"algorithm": config["algorithm"], **tomllib.loads(str(config["options"]))}),
         local=LOCAL,
-        participation=federated.Bernoulli(probability=float(config["probability"])),
+        participation=make_participation(num_clients),
         seed=int(config["seed"]),
         checkpoint=config["checkpoint"] or None,
         checkpoint_every=1 if config["checkpoint"] else 0,
     )
     strategy.resume()
 
-    def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model = make_model()
-        model.load_state_dict(arrays.to_torch_state_dict())
-        return MetricRecord(evaluate(model))
+    def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % 10 and server_round != config["rounds"]:
+            return None
+        evaluated = make_model()
+        evaluated.load_state_dict(arrays.to_torch_state_dict())
+        return MetricRecord(evaluate(evaluated))
 
     strategy.start(grid, num_rounds=int(config["rounds"]), evaluate_fn=evaluated)
-    rounds, accuracy = strategy.round, strategy.history.last("accuracy")
-    print(f"test accuracy {accuracy!r} after {rounds} rounds, refused {dict(strategy.refused)}")
+    print(result(strategy.history, model))

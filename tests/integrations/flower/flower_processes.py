@@ -80,7 +80,7 @@ class Flower:
         (pids / str(client)).write_text(str(process.pid))
         return process
 
-    def run(self, app=APP, *, job=None, config=(), num_nodes=None, stream=True, deadline_s=280):
+    def run(self, app=APP, *, job=None, config=(), num_nodes=None, stream=True, deadline_s=550):
         """`flwr run`; its exit status, and what it printed, with `stream` until the run is over."""
         command = ["run", str(app), "test", *(["--stream"] if stream else [])]
         if job is not None:

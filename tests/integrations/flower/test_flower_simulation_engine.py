@@ -1,5 +1,7 @@
 """Whole jobs under Flower's simulation engine, in its real processes, against `distopt.federated.Simulation`."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from flower_processes import Flower
 from distopt.federated import FederatedAlgorithm
 from flower_test_app.work import Job
 
-pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.job, pytest.mark.timeout(600)]
 
 NUM_CLIENTS = 4
 OFTEN = {"participation": "bernoulli", "probability": 0.6}
@@ -87,10 +89,10 @@ def test_replies_that_do_not_fit_and_a_client_that_fails(flower):
 
 def test_fewer_nodes_than_clients_and_a_node_with_another_model(flower):
     job = {"algorithm": {"algorithm": "fedavg"}}
-    told = {"num_clients": NUM_CLIENTS, "jobs": [job], "connect_s": 30.0}
+    told = {"num_clients": NUM_CLIENTS, "jobs": [job]}
     (left,) = flower.left({**told, "other_model": 1}, num_nodes=NUM_CLIENTS)
     assert "CompatibilityError" in left["error"]
     assert "got 0.weight [12, 16] torch.float32 trained and 0.weight [13, 16] torch.float32" in left["error"]
-    (left,) = flower.left(told, num_nodes=NUM_CLIENTS - 2)
+    (left,) = flower.left({**told, "connect_s": 20.0}, num_nodes=NUM_CLIENTS - 2)
     assert "PeerLostError" in left["error"]
-    assert "nobody is client 2, 3" in left["error"]
+    assert re.search(r"nobody is client .*2, 3;", left["error"])

@@ -44,7 +44,7 @@ def left(flower, nodes):
     return flower.left({"num_clients": NUM_CLIENTS, "jobs": JOBS})
 
 
-def wait_for(path, deadline_s=200):
+def wait_for(path, deadline_s=400):
     until = time.monotonic() + deadline_s
     while not path.exists():
         assert time.monotonic() < until, f"{path.name} does not come"

@@ -42,7 +42,7 @@ def run(grid, told, job):
         participation=job.participation,
         uplink=job.uplink,
         seed=told.get("seed", 0),
-        connect_s=told.get("connect_s", 60.0),
+        connect_s=told.get("connect_s", 200.0),
         checkpoint=told.get("checkpoint"),
         checkpoint_every=told.get("checkpoint_every", 0),
         progress=progress,
@@ -50,7 +50,7 @@ def run(grid, told, job):
     left = {}
     try:
         left["resumed"] = strategy.resume()
-        result = strategy.start(grid, num_rounds=job.rounds, timeout=told.get("timeout", 60.0), evaluate_fn=evaluate)
+        result = strategy.start(grid, num_rounds=job.rounds, timeout=told.get("timeout", 150.0), evaluate_fn=evaluate)
         left["arrays"] = dict(result.arrays.to_torch_state_dict())
         left["evaluated"] = {key: dict(value) for key, value in result.evaluate_metrics_serverapp.items()}
     except DistoptError as error:
