@@ -270,6 +270,16 @@ def test_who_leaves_or_dawdles_in_the_handshake_is_counted(made):
     wait_until(lambda: server.refused == {"ended early": 1, "too slow": 1})
 
 
+def test_only_the_handshake_has_a_deadline(made):
+    server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=SECRET, handshake_s=0.5)
+    made.append(server)
+    made.append(peer_of(server, 1, secret=SECRET, handshake_s=0.5))
+    time.sleep(1.0)
+    made[1].send(0, frame(1))
+    assert receive(server) == (1, [1])
+    assert server.connections(1) == made[1].connections(0) == 1
+
+
 def test_a_byte_now_and_then_buys_no_time(made):
     server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=SECRET, handshake_s=0.3)
     made.append(server)
