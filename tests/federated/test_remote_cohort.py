@@ -1,5 +1,6 @@
 """Server and sites over queues in one process: the simulation's history and model to the bit, and what is refused."""
 
+import dataclasses
 import re
 import threading
 
@@ -17,6 +18,7 @@ from distopt.federated import (
     ClientData,
     DirichletPartition,
     FederatedAlgorithm,
+    IIDPartition,
     LocalTraining,
     Service,
     Simulation,
@@ -25,6 +27,8 @@ from distopt.federated import (
     serve,
     take_part,
 )
+from distopt.federated.network import letters
+from distopt.federated.network.letters import Answer
 
 CLIENTS, SITES, ROUNDS = 12, 3, 4
 _rng = np.random.default_rng(0)
@@ -136,8 +140,31 @@ def test_a_site_may_have_its_own_clients_data_alone_and_take_over_what_the_serve
     assert [found[rank].hosts for rank in (1, 2)] == [tuple(hosts[1]), tuple(hosts[2])]
 
 
-def test_what_travels_is_counted():
-    server, end = InProcess.connect(2)
+class Changed:
+    """An end that changes what is sent, or what has come; else as the real one."""
+
+    def __init__(self, end, sent=lambda frame: [frame], came=lambda frame: frame):
+        self._end, self._sent, self._came = end, sent, came
+
+    def __getattr__(self, name):
+        return getattr(self._end, name)
+
+    def send(self, destination, frame):
+        for each in self._sent(frame):
+            self._end.send(destination, each)
+
+    def receive(self, timeout_s):
+        got = self._end.receive(timeout_s)
+        return None if got is None else (got[0], self._came(got[1]))
+
+
+def with_room_behind(frame):
+    return torch.cat([frame, torch.ones(1000, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize("came", [lambda frame: frame, with_room_behind], ids=["exact", "in longer buffers"])
+def test_what_travels_is_counted(came):
+    server, end = (Changed(end, came=came) for end in InProcess.connect(2))
     took = Sites([end], {})
     made = settings(NOISELESS["fedau"])
     took.start()
@@ -148,6 +175,23 @@ def test_what_travels_is_counted():
     assert site.replies == sum(len(row["participants"]) for row in service.history)
 
 
+def test_what_was_meant_for_a_server_before_this_one_is_counted_but_not_in_the_history():
+    def twice(frame):
+        letter = letters.decode(frame)
+        before = [letters.encode(dataclasses.replace(letter, session="0" * 16))] if isinstance(letter, Answer) else []
+        return [*before, frame]
+
+    server, end = InProcess.connect(2)
+    took = Sites([Changed(end, sent=twice)], {})
+    made = settings(NOISELESS["scaffold"])
+    took.start()
+    with Service(**made, transport=server) as service:
+        history = service.run(ROUNDS)
+    took.join()
+    assert service.refused == {"another session": sum(len(row["participants"]) for row in history)}
+    assert history == Simulation(**settings(NOISELESS["scaffold"]), mode="loop").run(ROUNDS)
+
+
 # -- not waiting for everybody -----------------------------------------------------------------------------------------
 
 HASTY = {name: each for name, each in NOISELESS.items() if isinstance(each.pacing, AfterArrivals)}
@@ -156,7 +200,11 @@ ROUNDS_OF = {name: 40 if each.pacing.count > 1 else 200 for name, each in HASTY.
 
 @pytest.mark.parametrize("name", HASTY)
 def test_algorithms_that_do_not_wait_learn_on_a_real_clock(name):
-    model, history, found = served(HASTY[name], ROUNDS_OF[name], participation=None, evaluate_every=1000)
+    alike = {"clients": ClientData.split((INPUTS, LABELS), IIDPartition(), CLIENTS)}  # whoever is faster
+    site = dict.fromkeys(range(1, 1 + SITES), alike)
+    local = LocalTraining(steps=3, batch_size=8, lr=0.1, max_norm=5.0, drop_last=True)
+    changed = {"participation": None, "evaluate_every": 1000, "local": local, **alike}
+    model, history, found = served(HASTY[name], ROUNDS_OF[name], site=site, **changed)
     count = HASTY[name].pacing.count
     assert {len(row["participants"]) for row in history} == {count}
     times = [row["time_s"] for row in history]

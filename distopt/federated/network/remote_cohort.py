@@ -10,7 +10,7 @@ A synchronous round's replies do not depend on who is faster, so its result is t
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.network import letters
 from distopt.federated.network.letters import SERVER, Answer, End, Failed, Hello, Letter, Ready, Saving, Task
 from distopt.federated.network.packing import unpack
-from distopt.federated.network.roster import Roster
+from distopt.federated.network.roster import OTHER_SESSION, Roster
 from distopt.federated.pacing import AfterArrivals, EveryInterval, Synchronous
 from distopt.federated.participation import ParticipationProcess
 from distopt.federated.randomness import stream, stream_key
@@ -195,7 +195,7 @@ class RemoteCohort:
         most = self._pacing.count if isinstance(self._pacing, AfterArrivals) else len(self._came)
         came, self._came = self._came[:most], self._came[most:]  # the rest is for the next aggregation
         self._count_batches(sum(reply.num_steps for reply in came))
-        refused, self._roster.refused = self._roster.refused, Counter()
+        refused = self._roster.refused_in_round()
         self._end_s = self._passed_s + time.monotonic() - self._began_s
         self._done = {(client, version) for client, version in self._done if version >= self._version - 1}
         return Answers(
@@ -336,7 +336,7 @@ class RemoteCohort:
     def _take_answer(self, answer: Answer) -> None:
         rank, client, version = answer.sender, answer.reply.client, answer.reply.version
         if answer.session != self._roster.session:
-            self._roster.refuse(rank, "another session", f"of client {client}")
+            self._roster.refuse(rank, OTHER_SESSION, f"of client {client}")
             return
         if not self._roster.hosts(rank, client):
             self._roster.refuse(rank, "not its client", client)

@@ -21,6 +21,7 @@ from distopt.federated.network.letters import SERVER, Failed, Hello, Letter, Rea
 _log = logging.getLogger("distopt")
 _PROBE_S = 1.0  # how often silent sites are probed
 _QUIET_S = 30.0  # a site that is not asked for anything hears so often that the server is there
+OTHER_SESSION = "another session"  # a reason to refuse
 
 
 @dataclass
@@ -131,6 +132,16 @@ class Roster:
             self._warned.add((rank, reason))
             _log.warning("refused a message of rank %d (%s) %s", rank, reason, why)
 
+    def refused_in_round(self) -> Counter[str]:
+        """What a round's row counts, which begins anew: not what was meant for a server before this one.
+
+        That would make the history of a server that was killed and started again another one.
+        """
+        counted, self.refused = self.refused, Counter()
+        if others := counted.pop(OTHER_SESSION, 0):
+            self.refused[OTHER_SESSION] = others
+        return counted
+
     def greet(self, hello: Hello) -> None:
         """Welcomes a site, or refuses it. One that is in this session already is only heard."""
         if hello.session == self.session and hello.sender in self._sites:
@@ -184,7 +195,8 @@ class Roster:
     def _forget(self, rank: int) -> None:
         if (site := self._sites.pop(rank, None)) is not None:
             for client in site.hosts:
-                self._host_of.pop(client, None)
+                if self._host_of.get(client) == rank:  # another one may have come for it meanwhile
+                    del self._host_of[client]
 
     def _is_here(self, site: Site) -> bool:
         """Whether it has not been lost since it said hello; who comes back says hello again."""

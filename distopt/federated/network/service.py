@@ -258,7 +258,7 @@ class Service:
 
     @property
     def bytes_received(self) -> int:
-        """See `bytes_sent`."""
+        """By this process since its start, in letters."""
         return self._cohort.bytes_received
 
     def run(self, rounds: int) -> History:

@@ -52,7 +52,7 @@ class Attendance:
         overruled: How many clients' work it left because the server had gone on.
         refused: What was no letter of the server, by reason.
         bytes_sent: In frames.
-        bytes_received: In frames.
+        bytes_received: In letters.
     """
 
     hosts: tuple[int, ...]
@@ -152,6 +152,10 @@ class Site:
                 break
             journal.about_to_answer(sent.version, client)
             (reply,) = trainer.train(sent, [client])
+            if self._has_come_back():
+                self._counted["overruled"] += len(task.clients) - at
+                late.clear()
+                break
             answer = pack(reply, trainer.algorithm, trainer.uplink, sender=self._rank, session=task.session)
             if journal.has_file:
                 late.append(answer)
@@ -166,7 +170,19 @@ class Site:
         self._tell(answer)
 
     def _is_overruled(self, task: Task) -> bool:
-        return task.session != self._session or any(newer.overrules for newer in self._tasks)
+        return task.session != self._session or any(newer.overrules for newer in self._tasks) or self._has_come_back()
+
+    def _has_come_back(self) -> bool:
+        """Whether there is a new connection: says hello, and forgets what was asked on the one before.
+
+        The server has given that up, or is another one, which waits for this hello before its first round.
+        """
+        if not self._may_return or SERVER in self._transport.lost or self._connections() == self._connection:
+            return False
+        self._counted["overruled"] += sum(len(task.clients) for task in self._tasks)
+        self._tasks.clear()
+        self._say_hello()
+        return True
 
     # -- letters -------------------------------------------------------------------------------------------------------
 
@@ -281,10 +297,9 @@ class Site:
                 "reach it?",
                 (SERVER,),
             )
-        if self._may_return and not lost:
-            waits = not self._session and now - self._said_hello_s > _HELLO_S
-            if waits or self._connections() != self._connection:
-                self._say_hello()
+        waits = not self._session and now - self._said_hello_s > _HELLO_S
+        if not self._has_come_back() and waits and self._may_return and not lost:
+            self._say_hello()
         if now - self._probed_s > _PROBE_S:
             self._probed_s = now
             self._transport.probe(SERVER)
