@@ -381,6 +381,18 @@ def test_a_whole_job_that_is_started_again_goes_on_from_its_files(warm_python, t
 
 
 @pytest.mark.job
+def test_so_does_one_whose_sites_are_several_ranks(warm_python, tmp_path):
+    """The leader's file has what its clients kept; the other rank of the site has nothing and is told."""
+    job = {"algorithm": described("scaffold"), "rounds": 8, "checkpoint": 2, "kill_server_after": 5, "journal": True}
+    job.update(plain=True, server={"ranks_per_site": 2}, site={"ranks_per_site": 2})
+    with Job(warm_python, tmp_path, 3, **job) as ranks:
+        assert ranks.finish() == [-9, 1, 0], ranks.said()
+    with Job(warm_python, tmp_path, 3, **job) as ranks:
+        assert ranks.finish() == [0] * 3, ranks.said()
+        torch.testing.assert_close(ranks.found()["model"], simulated(job)[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.job
 def test_a_job_that_does_not_wait_goes_on_after_its_server_s_death(warm_python, tmp_path):
     algorithm = {"algorithm": "fedbuff", "buffer_size": 3}
     job = {"algorithm": algorithm, "rounds": 30, "checkpoint": 2, "kill_server_after": 11}
