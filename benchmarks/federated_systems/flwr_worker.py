@@ -1,63 +1,54 @@
-"""flwr's simulation (Ray) with the Message API, telemetry and update checks off."""
+"""flwr's simulation (Ray) with the Message API: a SuperLink of its own, and `flwr run` of the app in flwr_app/.
 
-import random
-import warnings
+Telemetry and update checks are off, see federated_peers.py. The app's processes inherit PYTHONPATH and the affinity.
+"""
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
-from flwr.simulation import run_simulation
-from task import Clock, accuracy, load_data, make_model, task_of_command_line, train_epoch
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-clock = Clock()
-task = task_of_command_line()
-client_app = ClientApp()
-server_app = ServerApp()
+from task import load_data, read_task
 
-
-@client_app.train()
-def train(message: Message, context: Context) -> Message:
-    data = load_data(task.folder)
-    model = make_model(task)
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    images, labels = data.of_client(context.node_config["partition-id"])
-    train_epoch(model, task, images, labels)
-    content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(labels)})}
-    return Message(content=RecordDict(content), reply_to=message)
+PROGRAMS = Path(sys.executable).parent
+APP = Path(__file__).parent / "flwr_app"
 
 
-@server_app.main()
-def serve(grid: Grid, context: Context) -> None:
-    random.seed(task.seed)
-    clients = len(load_data(task.folder).parts)
-    strategy = FedAvg(
-        fraction_train=task.clients_per_round / clients,
-        fraction_evaluate=0.0,
-        min_train_nodes=task.clients_per_round,
-        min_available_nodes=clients,  # or round 1 trains whoever has connected by then
-    )
-
-    def tick(server_round: int, arrays: ArrayRecord) -> None:
-        if server_round:
-            clock.tick()
-
-    model = make_model(task)
-    result = strategy.start(
-        grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=task.rounds, evaluate_fn=tick
-    )
-    model.load_state_dict(result.arrays.to_torch_state_dict())
-    clock.report(accuracy(model, load_data(task.folder)))
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore", DeprecationWarning)
-    run_simulation(
-        server_app=server_app,
-        client_app=client_app,
-        num_supernodes=len(load_data(task.folder).parts),
-        backend_config={
-            "init_args": {"num_cpus": task.processes},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+def wait_for(port: int) -> None:
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+
+
+path = Path(sys.argv[1]).resolve()
+task = read_task(str(path))
+port = free_port()
+os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"  # where a SuperLink looks for its own programs
+home = Path(os.environ["FLWR_HOME"])
+(home / "config.toml").write_text(f'[superlink.benchmark]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+nodes = f"num-supernodes={len(load_data(task.folder).parts)} client-resources-num-cpus=1"
+link = [PROGRAMS / "flower-superlink", "--insecure", "--simulation", "--port", str(port)]
+with (home / "superlink.log").open("w") as log:
+    superlink = subprocess.Popen(link, stdout=log, stderr=log)
+try:
+    wait_for(port)
+    subprocess.run(
+        [
+            PROGRAMS / "flwr", "run", str(APP), "benchmark", "--stream", "--run-config", f'task="{path}"',
+            "--federation-config", f"{nodes} init-args-num-cpus={task.processes}",
+        ],
+        check=True,
+    )  # fmt: skip
+finally:
+    superlink.terminate()
+    superlink.wait(60)

@@ -120,6 +120,11 @@ class Clock:
 
 
 def task_of_command_line() -> Task:
-    task = Task(**json.loads(Path(sys.argv[1]).read_text()))
+    return read_task(sys.argv[1])
+
+
+@lru_cache
+def read_task(path: str) -> Task:
+    task = Task(**json.loads(Path(path).read_text()))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return task
