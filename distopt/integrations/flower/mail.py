@@ -22,6 +22,7 @@ class Clock(Protocol):
 
 
 REAL: Clock = time
+_ON_THE_WAY = (3, 4, 5)  # Flower's codes of errors: a message, its reply, or the node was not there
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Answer(Generic[T]):
         about: What was sent.
         message: What came back; None if nothing did.
         why: What went wrong; None if nothing did.
+        may_work_later: Whether it went wrong on the way, and not with what the node does.
     """
 
     about: T
     message: Message | None
     why: str | None = None
+    may_work_later: bool = True
 
 
 class Mail(Generic[T]):
@@ -77,7 +80,9 @@ class Mail(Generic[T]):
             if sent is None:
                 continue  # an answer that comes twice
             if message.has_error():
-                ended.append(Answer(sent[0], None, message.error.reason or f"error {message.error.code}"))
+                error = message.error
+                why = error.reason or f"error {error.code}"
+                ended.append(Answer(sent[0], None, why, may_work_later=error.code in _ON_THE_WAY))
             else:
                 ended.append(Answer(sent[0], message))
         now = self._clock.monotonic()

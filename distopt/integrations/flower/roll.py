@@ -105,11 +105,15 @@ class Roll:
                 _log.warning("a node is left out: %s", problem)
 
     def _enter(self, answer: Answer[int]) -> Exception | None:
-        if answer.message is None:
-            if answer.about in self._asked and "Node Unavailable" not in str(answer.why):
-                self._asked.discard(answer.about)  # it is asked once more
+        if answer.message is None and answer.may_work_later:
+            self._asked.discard(answer.about)  # it is asked once more, if it is still there
             _log.warning("node %d has not said which client it is: %s", answer.about, answer.why)
             return None
+        if answer.message is None:
+            return CompatibilityError(
+                f"every node must be able to say which client it is, got from one: {answer.why}; make its app with "
+                "client_app or add_client"
+            )
         said = answer.message.content.config_records.get(ROUND, ConfigRecord())
         if "problem" in said:
             return CompatibilityError(

@@ -81,11 +81,11 @@ class FakeGrid(Grid):
     def _answer(self, message):
         node = message.metadata.dst_node_id
         if node in self.gone:
-            return Message(Error(3, "Node Unavailable"), reply_to=message)
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
         try:
             return self.app(message, self.contexts[node])
         except Exception as error:  # as Flower does
-            return Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
+            return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
 
     def send_and_receive(self, messages, *, timeout=None):
         messages = list(messages)

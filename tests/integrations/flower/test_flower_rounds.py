@@ -288,6 +288,13 @@ def test_a_node_with_another_number_or_none_is_refused(number, message):
         started(clients=[0, 1, 2, 3, number])
 
 
+def test_an_app_that_is_not_for_this_says_so_at_once():
+    with pytest.raises(
+        CompatibilityError, match=r"No query function registered with name 'distopt'.*; make its app with"
+    ):
+        started(app=ClientApp())
+
+
 def test_another_model_names_the_first_parameter_that_differs():
     with pytest.raises(
         CompatibilityError,
