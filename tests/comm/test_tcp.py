@@ -201,17 +201,19 @@ def test_ipv6(made, secret):
     ("server_has", "peer_has", "told"),
     [
         (SECRET, OTHER_SECRET, "another job secret"),
-        (SECRET, None, "another job secret"),
+        (SECRET, None, "it has a job secret, and this process has none"),
         (None, SECRET, "it has no job secret"),
     ],
 )
-def test_who_lacks_the_secret_stays_outside(made, server_has, peer_has, told):
+def test_who_lacks_the_secret_stays_outside_and_is_told_at_once(made, server_has, peer_has, told, caplog):
     server = TCPServer("127.0.0.1:0", size=2, max_frame_bytes=100, secret=server_has)
     made.append(server)
     with pytest.raises(PeerLostError, match=told):
         peer_of(server, 1, secret=peer_has, connect_timeout_s=0.3)
     assert server.connected == frozenset()
     assert set(server.refused) == {"unauthenticated"}
+    warned = [record.getMessage() for record in caplog.records if "no connection" in record.getMessage()]
+    assert sum(told in said for said in warned) == 1, warned
 
 
 def test_a_job_of_another_size_is_an_error_at_once(server):

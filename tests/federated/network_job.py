@@ -182,6 +182,8 @@ def serve_until(job, out, **changed):
         (out / f"round-{row['round']}").touch()
         while row["round"] == job.get("pause_after") and not (out / "go").exists():
             time.sleep(0.01)
+        while row["round"] == job.get("pause_after") and len(service.sites) < job.get("sites_after_pause", 0):
+            service._cohort._take(0.1)
         if row["round"] == job.get("kill_server_after") and not (out / "killed").exists():
             (out / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ import mpirun
 from example_ranks import free_port
 from mpirun import needs_mpi
 
-DEADLINE_S = 60
+DEADLINE_S = 100
 SECRET = "a secret of the tests, long enough"
 RANK = "from network_job import main; main()"
 
@@ -230,10 +230,9 @@ def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_pa
 def test_a_site_that_comes_back_takes_part_again(warm_python, tmp_path, name):
     fault = {"what": "killed", "versions": [1], "clients": [4]}
     job = {"algorithm": described(name), "rounds": 6, "faults": {"2": fault}, "journal": True, "pause_after": 3}
-    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+    with Job(warm_python, tmp_path, 4, tcp=True, sites_after_pause=3, **job) as ranks:
         ranks.until("round-3")
         ranks.again(2)
-        time.sleep(2)
         ranks.go()
         assert ranks.finish() == [0] * 4, ranks.said()
         found = ranks.found()
@@ -404,6 +403,27 @@ def test_a_job_that_does_not_wait_goes_on_after_its_server_s_death(warm_python, 
         assert [row["round"] for row in rows] == list(range(1, 31))
         assert all(len(row["participants"]) == 3 for row in rows)
         assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"algorithm": "fedfix", "interval_s": 0.3}, {"algorithm": "fedbuff", "buffer_size": 3, "concurrency": 6}],
+    ids=["fedfix", "fedbuff"],
+)
+@pytest.mark.parametrize("what", ["killed", "frozen"])
+@pytest.mark.job
+def test_who_does_not_wait_goes_on_without_a_site(warm_python, tmp_path, algorithm, what):
+    fault = {"what": what, "versions": list(range(2, 40)), "clients": [4]}
+    job = {"algorithm": algorithm, "rounds": 40, "faults": {"2": fault}, "server": {"deadline_s": 2.0}}
+    with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
+        assert ranks.finish(0, 1, 3) == [0] * 3, ranks.said()
+        took = [row["participants"] for row in ranks.found()["rows"]]
+        assert len(took) == 40
+        others = {c for c in range(9) if c not in SITE_2}
+        assert set().union(*took[-10:]) == others
+        assert not set(SITE_2) & set().union(*took[-10:])
+        if algorithm["algorithm"] == "fedbuff":
+            assert {len(each) for each in took} == {3}
 
 
 @pytest.mark.job

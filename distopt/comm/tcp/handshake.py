@@ -160,20 +160,22 @@ def ask(connection: socket.socket, deadline: Deadline, *, rank: int, size: int, 
     if magic != _MAGIC:
         raise NotYetError("what listens there is not a server of distopt")
     if not _is_sealed(secret, "answer", hello, said) or (verdict == Verdict.COME and its_rank != rank):
-        raise NotYetError(_hint(verdict, version))
+        raise NotYetError(_hint(verdict, version, secret is not None))
     if verdict == Verdict.WRONG_SIZE:
         raise ConfigError(f"the server has a job of size {its_size}, rank {rank} one of {size}; give both the same")
     if verdict == Verdict.WRONG_RANK:
         raise ConfigError(f"a peer's rank must be from 1 to {its_size - 1}, got {rank}; rank 0 is the server")
     if verdict != Verdict.COME:
-        raise NotYetError(_hint(verdict, version))
+        raise NotYetError(_hint(verdict, version, secret is not None))
     connection.settimeout(deadline.left_s())
     connection.sendall(_tag(secret, "confirm", hello + said))
     return Met(0, _session(secret, "to server", hello + said), _session(secret, "to peer", hello + said))
 
 
-def _hint(verdict: int, version: int) -> str:
+def _hint(verdict: int, version: int, has_secret: bool) -> str:
     """What an answer that cannot be believed, or that may change, is to a user."""
+    if verdict == Verdict.UNAUTHENTICATED and not has_secret:
+        return "it has a job secret, and this process has none; give both the same, or neither"
     hints: dict[int, str] = {
         Verdict.OTHER_VERSION: f"it speaks version {version} of the protocol and this process {_VERSION}; install the "
         "same distopt on both",

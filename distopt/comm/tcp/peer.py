@@ -1,5 +1,6 @@
 """A peer in a star of TCP connections: a rank above 0, which connects and comes back."""
 
+import logging
 import random
 import socket
 import threading
@@ -134,8 +135,9 @@ class TCPPeer(End):
     def _connect(self, patience_s: float) -> Connection | None:
         """A connection that the server has welcomed; None once this end is closing."""
         end, why = time.monotonic() + patience_s, ""
+        warned: set[str] = set()
         while not self._closing.is_set():
-            left_s = end - time.monotonic()
+            left_s, is_refused = end - time.monotonic(), False
             try:
                 return self._try_once(left_s)
             except RefusedError as refusal:
@@ -144,6 +146,7 @@ class TCPPeer(End):
             except (NotYetError, OSError, UnicodeError) as error:
                 had_no_time = isinstance(error, TimeoutError) and left_s < self._handshake_s
                 why = why if why and had_no_time else str(error) or type(error).__name__
+                is_refused = isinstance(error, NotYetError)
             left_s = end - time.monotonic()
             if left_s <= 0:
                 raise PeerLostError(
@@ -152,7 +155,11 @@ class TCPPeer(End):
                     "(connect_timeout_s at first, patience_s to come back)",
                     (0,),
                 )
-            log.info("rank %d: no connection to %s yet: %s", self.rank, self.server, why)
+            level = logging.INFO
+            if is_refused and why not in warned:  # that a user has to mend, while a server that is late will come
+                warned.add(why)
+                level = logging.WARNING
+            log.log(level, "rank %d: no connection to %s yet: %s", self.rank, self.server, why)
             self._pause(left_s)
         return None
 
