@@ -382,6 +382,19 @@ def test_a_site_that_cannot_compute_its_clients_says_so_before_the_first_round()
     assert isinstance(found[2], ConfigError)
 
 
+def test_a_service_that_runs_does_not_go_back(tmp_path):
+    server, end = InProcess.connect(2)
+    took = Sites([end], {})
+    made = settings(NOISELESS["fedau"], checkpoint=tmp_path / "run.pt", checkpoint_every=1)
+    took.start()
+    with Service(**made, transport=server) as service:
+        service.run(2)
+        with pytest.raises(ConfigError, match="resume must come before run, got it after round 2"):
+            service.resume()
+        assert len(service.run(3)) == 3
+    assert took.join()[1].tasks == 3
+
+
 def test_a_checkpoint_of_a_simulation_is_none_of_a_service(tmp_path):
     made = settings(NOISELESS["fedau"])
     job = Simulation(**made, mode="loop", checkpoint=tmp_path / "run.pt")

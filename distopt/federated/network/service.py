@@ -279,8 +279,13 @@ class Service:
         """Takes the checkpoint back, if there is one; whether there was. Before `run`.
 
         Raises:
+            ConfigError: Rounds have been run; the sites would not hear of it.
             StateMismatchError: It belongs to another run, or is damaged.
         """
+        if self._roster.session:
+            raise ConfigError(
+                f"resume must come before run, got it after round {self.round}; close this service and make another one"
+            )
         return self._rounds.resume()
 
     def close(self, reason: str = "") -> None:
