@@ -12,10 +12,11 @@ Limits: gloo receives into a buffer of known size, so frames have a largest size
 (memory that is not written to is not used); CPU tensors only.
 """
 
+import atexit
 import queue
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,7 @@ _PROBE, _CLOSE = 0, 1  # first byte of a frame of the transport itself; messages
 _HEAD_BYTES = 64
 _POLL_S = 0.01
 _LAST_S = 1.0  # for threads to end: one that comes back while Python shuts down would abort the process
+_EXIT_S = 3.0  # and when the script ends
 _FOREVER = timedelta(days=365)
 
 
@@ -128,11 +130,10 @@ class GlooTransport:
             time.sleep(_POLL_S)
         self._inbox.put(None)
         threads = (*self._receivers, *self._senders.values(), *self._watchers.values())
-        last = time.monotonic() + _LAST_S
-        for thread in threads:  # those that have nothing left to wait for end now, on a busy machine a little later
-            thread.join(max(0.0, last - time.monotonic()))
-        if any(thread.is_alive() for thread in threads):
+        _join(threads, _LAST_S)  # those that have nothing left to wait for end now, on a busy machine a little later
+        if alive := [thread for thread in threads if thread.is_alive()]:
             leak_process_groups()  # destroying the groups would wait for these threads' operations
+            atexit.register(_join, alive, _EXIT_S)  # which may end when the other ranks do
         else:
             dist.destroy_process_group(self._group)
             dist.destroy_process_group(self._quiet_group)
@@ -196,6 +197,13 @@ class GlooTransport:
     def _lose(self, rank: int) -> None:
         with self._lock:
             self._lost.add(rank)
+
+
+def _join(threads: Sequence[threading.Thread], timeout_s: float) -> None:
+    """Waits for all of them, for so long altogether."""
+    end = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def _signal(which: int) -> Tensor:

@@ -109,6 +109,7 @@ def hurt(fault, out):
         if hit:
             (out / f"hurt-{client}-{broadcast.version}").touch()
             if fault["what"] == "killed":
+                time.sleep(fault.get("seconds", 0.0))  # for what was said before to arrive
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault["what"] == "frozen":
                 os.kill(os.getpid(), signal.SIGSTOP)

@@ -228,7 +228,7 @@ def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_pa
 @pytest.mark.parametrize("name", ["fedau", "scaffold"])
 @pytest.mark.job
 def test_a_site_that_comes_back_takes_part_again(warm_python, tmp_path, name):
-    fault = {"what": "killed", "versions": [1], "clients": [4]}
+    fault = {"what": "killed", "versions": [1], "clients": [7], "seconds": 0.5}
     job = {"algorithm": described(name), "rounds": 6, "faults": {"2": fault}, "journal": True, "pause_after": 3}
     with Job(warm_python, tmp_path, 4, tcp=True, sites_after_pause=3, **job) as ranks:
         ranks.until("round-3")
