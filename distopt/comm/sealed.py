@@ -181,9 +181,10 @@ class Sealed:
         if self._closed:
             return
         self._closed = True
-        end = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        end = begin + timeout_s
         while any(peer.waiting for peer in self._peers.values()) and self._thread.is_alive():
-            if time.monotonic() >= end:
+            if time.monotonic() >= begin + timeout_s / 2:  # the transport needs time for its own end
                 break
             time.sleep(0.01)
         self._ended = True

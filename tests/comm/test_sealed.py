@@ -187,6 +187,17 @@ def test_gloo_ranks_talk_sealed_and_close_well(ranks):
     assert ranks(3)(over_gloo) == [(expected, {}, [])] * 3
 
 
+def test_who_never_answers_leaves_the_transport_time_for_its_own_end(made, monkeypatch):
+    wire = wires()
+    end = sealed(made, wire[0])
+    end.send(1, frame(1))
+    given = []
+    real = wire[0].close
+    monkeypatch.setattr(wire[0], "close", lambda timeout_s: given.append(timeout_s) or real(timeout_s))
+    end.close(1.0)
+    assert given[0] > 0.1
+
+
 # -- who does not belong ---------------------------------------------------------------------------------------------
 
 
