@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from distopt.federated import (
     serve,
     take_part,
 )
+from distopt.federated.functional import cross_entropy
 from distopt.federated.network import letters
-from distopt.federated.network.letters import Answer
+from distopt.federated.network.letters import Answer, Hello, Ready, Task
 
 CLIENTS, SITES, ROUNDS = 12, 3, 4
 _rng = np.random.default_rng(0)
@@ -278,6 +280,17 @@ def test_a_site_of_another_job_is_told_in_what_it_differs(own, said):
     assert isinstance(found[1], DistoptError)  # it does not wait for a job that will not begin
 
 
+def test_frozen_values_are_compared():
+    def frozen(value):
+        model = build()
+        model[0].requires_grad_(False).weight.fill_(value)
+        return model
+
+    server, found = refused({1: {"model": frozen(1.0)}, 2: {"model": frozen(2.0)}}, model=frozen(1.0))
+    assert "frozen tensors must be the same on the server and on rank 2" in server
+    assert "load the same pretrained values on every process" in str(found[2])
+
+
 def test_samples_are_compared_where_a_site_has_only_its_own():
     whole = data()
     hosts = list(range(1, CLIENTS, 2))
@@ -363,6 +376,59 @@ def test_sites_that_do_not_come_are_named():
         Service(**made, transport=server, wait_s=0.3) as service,
     ):
         service.run(1)
+
+
+@pytest.mark.parametrize(("name", "most"), [("fedau", 2), ("fedbuff", ROUNDS)])
+def test_a_site_that_never_answers_is_asked_twice_by_who_waits_and_its_newer_tasks_overrule(name, most):
+    server, end = InProcess.connect(2)
+    hello = Hello(sender=1, hosts=list(range(CLIENTS)), samples=[1] * CLIENTS, facts={})
+    end.send(0, letters.encode(hello))
+    changed = {"clients": None, "num_clients": CLIENTS, "participation": None, "deadline_s": 0.2}
+    made = settings(NOISELESS[name], **changed)
+
+    def is_ready():
+        end.send(0, letters.encode(Ready(sender=1, session=letters.decode(end.receive(20.0)[1]).session)))
+
+    thread = threading.Thread(target=is_ready, daemon=True)
+    thread.start()
+    with Service(**made, transport=server, wait_s=20.0) as service:
+        service.run(ROUNDS)
+    came = [letters.decode(frame) for _, frame in iter(lambda: end.receive(0.0), None)]
+    tasks = [letter for letter in came if isinstance(letter, Task)]
+    assert len(tasks) == most
+    assert {task.overrules for task in tasks} == {name == "fedau"}
+
+
+def test_a_job_whose_sites_are_all_gone_ends():
+    server, end = InProcess.connect(2)
+    took = Sites([end], {})
+    made = settings(NOISELESS["fedau"])
+    took.start()
+    with (
+        pytest.raises(PeerLostError, match="all sites are gone after 2 rounds; start them again, with the server"),
+        Service(**made, transport=server, progress=lambda row: end.die() if row["round"] == 2 else None) as service,
+    ):
+        service.run(5)
+    end.close()
+
+
+def test_by_tcp_one_is_waited_for_until_the_deadline():
+    begun = []
+
+    def fails(model, batch):
+        if torch.is_grad_enabled() and begun:
+            raise KeyError("nothing more")
+        return cross_entropy(model, batch)
+
+    made = settings(NOISELESS["fedau"], participation=None)
+    own = {"model": build(), "clients": data(), "loss": fails}
+    with Service(**made, listen="127.0.0.1:0", sites=1, deadline_s=0.5, progress=begun.append) as service:
+        by_tcp = {"transport": "auto", "server": service.address, "rank": 1, "sites": 1}
+        took = Sites([SimpleNamespace(rank=1)], {1: {**own, **by_tcp}})
+        took.start()
+        with pytest.raises(PeerLostError, match=r"all sites are gone after \d rounds \(rank 1: KeyError: .*again$"):
+            service.run(5)
+    assert isinstance(took.join()[1], KeyError)
 
 
 def test_a_port_in_use_is_said_to_be():

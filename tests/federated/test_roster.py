@@ -6,7 +6,8 @@ import pytest
 
 from distopt.comm import InProcess
 from distopt.federated.network import letters
-from distopt.federated.network.letters import Failed, Hello, Ready
+from distopt.federated.network import roster as module
+from distopt.federated.network.letters import Failed, Hello, Ready, Saving
 from distopt.federated.network.roster import Roster
 
 
@@ -76,3 +77,15 @@ def test_who_is_back_is_given_nothing_before_it_says_hello(begun):
     assert roster.ready == []
     roster.greet(dataclasses.replace(hello(1, 0), session=roster.session))
     assert roster.ready == [1]
+
+
+def test_a_site_that_is_not_asked_for_anything_hears_that_the_server_is_there(begun, monkeypatch):
+    _, roster, sites = begun
+    come(roster, 1, 0)
+    sites[0].receive(1.0)  # the welcome
+    roster.look_after()
+    assert sites[0].receive(0.0) is None
+    monkeypatch.setattr(module, "_PROBE_S", -1.0)
+    monkeypatch.setattr(module, "_QUIET_S", -1.0)
+    roster.look_after()
+    assert letters.decode(sites[0].receive(1.0)[1]) == Saving(sender=0, session=roster.session, version=None)

@@ -54,17 +54,8 @@ def heard(server):
     return letters.decode(got[1])
 
 
-@pytest.mark.parametrize("with_file", [False, True])
-def test_who_finds_a_new_connection_in_a_task_says_hello_and_answers_nothing_of_the_old_one(tmp_path, with_file):
-    server, end = InProcess.connect(2)
-    site_end = Returning(end)
-
-    def then(client):
-        if client == 1:
-            site_end.count = 2
-
-    trainer = Trainer(then)
-    journal = Journal({}, tmp_path / "site.pt" if with_file else None)
+def begun(server, site_end, trainer, journal):
+    """What the site returns, once it has ended, its thread, and how to tell it something."""
     site = Site(
         site_end, hosts=[0, 1, 2], samples=[1, 1, 1], facts={}, build=lambda settings: (trainer, journal), wait_s=30.0,
         patience_s=30.0, may_return=True,
@@ -79,9 +70,65 @@ def test_who_finds_a_new_connection_in_a_task_says_hello_and_answers_nothing_of_
     assert isinstance(heard(server), Hello)
     tell(Welcome(sender=0, session="first", version=0, settings={}))
     assert heard(server) == Ready(sender=1, session="first")
-    broadcast = Broadcast(version=0, model=torch.zeros(3, dtype=torch.float64), extras={})
-    task = Task(sender=0, session="first", saved=0, overrules=False, clients=[0, 1, 2], broadcast=broadcast)
-    tell(task)
+    return found, thread, tell
+
+
+def task(version, clients, *, session="first", overrules=False):
+    broadcast = Broadcast(version=version, model=torch.zeros(3, dtype=torch.float64), extras={})
+    return Task(sender=0, session=session, saved=0, overrules=overrules, clients=clients, broadcast=broadcast)
+
+
+@pytest.mark.parametrize("overrules", [True, False])
+def test_a_newer_task_overrules_the_one_at_work_where_the_server_says_so(overrules):
+    server, end = InProcess.connect(2)
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def then(client):
+        at_work.set()
+        assert go_on.wait(10)
+
+    trainer = Trainer(then)
+    found, thread, tell = begun(server, Returning(end), trainer, Journal({}))
+    tell(task(0, [0, 1, 2], overrules=overrules))
+    assert at_work.wait(10)
+    tell(task(1, [1], overrules=overrules))
+    tell(task(2, [2], overrules=overrules))
+    tell(End(sender=0, session="first")) if overrules else None
+    go_on.set()
+    if not overrules:
+        assert [heard(server).reply.version for _ in range(5)] == [0, 0, 0, 1, 2]
+        tell(End(sender=0, session="first"))
+    thread.join(10)
+    assert trainer.trained == ([0] if overrules else [0, 1, 2, 1, 2])
+    assert found[0].overruled == (3 if overrules else 0)
+
+
+def test_what_is_said_in_another_session_is_not_followed():
+    server, end = InProcess.connect(2)
+    trainer = Trainer(lambda client: None)
+    found, thread, tell = begun(server, Returning(end), trainer, Journal({}))
+    tell(task(0, [0], session="another"))
+    tell(End(sender=0, session="another", reason="of somebody else"))
+    tell(task(0, [1]))
+    tell(End(sender=0, session="first"))
+    thread.join(10)
+    assert found[0].refused == {"another session": 2}
+    assert 0 not in trainer.trained
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_who_finds_a_new_connection_in_a_task_says_hello_and_answers_nothing_of_the_old_one(tmp_path, with_file):
+    server, end = InProcess.connect(2)
+    site_end = Returning(end)
+
+    def then(client):
+        if client == 1:
+            site_end.count = 2
+
+    trainer = Trainer(then)
+    journal = Journal({}, tmp_path / "site.pt" if with_file else None)
+    found, thread, tell = begun(server, site_end, trainer, journal)
+    tell(task(0, [0, 1, 2]))
     if not with_file:
         answer = heard(server)
         assert isinstance(answer, Answer)
