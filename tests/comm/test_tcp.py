@@ -258,7 +258,7 @@ def test_other_versions_are_told_of_by_their_name(monkeypatch, server):
         stream.sendall(said)
         answer = read(stream, 80)
     assert handshake._ANSWER.unpack(answer)[:3] == (b"DTCP", 9, handshake.Verdict.OTHER_VERSION)
-    assert "install the same distopt" in handshake._hint(handshake.Verdict.OTHER_VERSION, 9)
+    assert "install the same distopt" in handshake._hint(handshake.Verdict.OTHER_VERSION, 9, True)
 
 
 def test_who_leaves_or_dawdles_in_the_handshake_is_counted(made):
