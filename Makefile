@@ -80,7 +80,7 @@ test-flower: setup-flower  ## the Flower integration: types, rounds, whole jobs 
 setup-mpi: .make/mpi  ## mpi4py and Open MPI for the tests over mpirun, which are skipped without them
 
 clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
-	rm -rf $(VENV) .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-flower .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find distopt -name '*.so' -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
