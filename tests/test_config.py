@@ -37,7 +37,7 @@ from distopt.federated import (
 )
 
 KINDS = Configurable.__subclasses__()
-CLASSES = [made for kind in KINDS for made in kind._known.values()]
+CLASSES = [made for kind in KINDS for made in kind._known.values() if made.__module__.startswith("distopt.")]
 SEQUENTIAL = {"n": 8, "burst": 1, "window": 3, "stragglers": 2}
 REQUIRED = {
     ListWarmup: {"densities": (0.25, 0.05)},

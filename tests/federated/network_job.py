@@ -57,7 +57,7 @@ def evaluate(model):
     return {"accuracy": (model(INPUTS).argmax(1) == LABELS).double().mean()}
 
 
-class Listed(Participation, name="listed-in-a-test"):
+class Listed(Participation):
     """These participants, round by round."""
 
     def __init__(self, rounds):
