@@ -7,8 +7,9 @@ the RDP accountant, added by the server (Murata & Suzuki, ICML 2023, whose runs 
 scikit-learn's, 353 samples in training; "friedman" is its make_friedman1, 3,200 in training, 10 features, noise of
 standard deviation 1. Inputs and targets are standardised, so a loss of 1 is that of the mean.
 
-Both get nine candidates (GRID), which a wider look with a held-out seed has left over; each is tried in a full-length
-run with that seed and epsilon 3, and the one with the least train loss at the end is taken, for both epsilons. The
+Both get nine candidates (GRID), which a wider look with a held-out seed has left over, after a first run of this
+benchmark with random candidates, most of which diverged for DIFF2. Each is tried in a full-length run with that seed and
+epsilon 3, and the one with the least train loss at the end is taken, for both epsilons. The
 seeds decide the split, the first model, the noise and, of friedman, the data. "no noise" is gradient descent with the
 same rounds, for comparison.
 
