@@ -8,10 +8,10 @@ scikit-learn's, 353 samples in training; "friedman" is its make_friedman1, 3,200
 standard deviation 1. Inputs and targets are standardised, so a loss of 1 is that of the mean.
 
 Both get nine candidates (GRID), which a wider look with a held-out seed has left over, after a first run of this
-benchmark with random candidates, most of which diverged for DIFF2. Each is tried in a full-length run with that seed and
-epsilon 3, and the one with the least train loss at the end is taken, for both epsilons. The
-seeds decide the split, the first model, the noise and, of friedman, the data. "no noise" is gradient descent with the
-same rounds, for comparison.
+benchmark with random candidates, most of which diverged for DIFF2. Each is tried in a full-length run with that seed
+and epsilon 3, and the one with the least train loss at the end is taken, for both epsilons. The seeds decide the split,
+the first model, the noise and, of friedman, the data. "no noise" is gradient descent with the same rounds, for
+comparison.
 
 Limits: fewer rounds than the paper's, to fit into a quarter of an hour on two cores. Tuning is not paid for in epsilon.
 """
