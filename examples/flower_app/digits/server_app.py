@@ -21,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
         num_clients=num_clients,
         algorithm=from_config({"algorithm": config["algorithm"], **tomllib.loads(str(config["options"]))}),
         local=LOCAL,
-        participation=make_participation(num_clients),
+        participation=None if config["everybody"] else make_participation(num_clients),
         seed=int(config["seed"]),
         checkpoint=config["checkpoint"] or None,
         checkpoint_every=1 if config["checkpoint"] else 0,
