@@ -2,7 +2,7 @@
 
 from distopt.comm.abandon import end_when_stuck, leak_process_groups
 from distopt.comm.address import Address, parse_address
-from distopt.comm.agreement import gather_json, raise_together
+from distopt.comm.agreement import agree, gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
 from distopt.comm.gloo import GlooTransport
@@ -45,6 +45,7 @@ __all__ = [
     "TCPServer",
     "TensorSpec",
     "Transport",
+    "agree",
     "agree_on_secret",
     "all_gather",
     "all_reduce_sum",

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt import ops
-from distopt.comm import raise_together
+from distopt.comm import agree, raise_together
 from distopt.ddp import state as states
-from distopt.ddp.compatibility import agree, fingerprint, synchronised_parameters, unwrap_ddp
+from distopt.ddp.compatibility import fingerprint, synchronised_parameters, unwrap_ddp
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.join import keep_decay_in_step

@@ -4,13 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.comm import gather_json, raise_together
-from distopt.errors import CompatibilityError, DesyncError, DistoptError
+from distopt.errors import CompatibilityError
 from distopt.version import __version__
 
 
@@ -101,38 +99,3 @@ def fingerprint(
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-
-
-def agree(
-    own: Mapping[str, Any] | None, problem: DistoptError | None, group: dist.ProcessGroup, device: torch.device
-) -> None:
-    """Compares fingerprints; if one has a problem all raise, so that none waits for the others. Collective.
-
-    Args:
-        own: This rank's fingerprint, or None with a problem.
-        problem: Why this rank cannot attach.
-        group: The ranks.
-        device: Where the group's backend wants its tensors.
-
-    Raises:
-        DistoptError: The problem of this rank.
-        CompatibilityError: The problem of another rank.
-        DesyncError: Two ranks differ; names both.
-    """
-    raise_together(problem, group, device, what="cannot attach")
-    facts = gather_json(own, group, device)
-    for rank, fact in enumerate(facts):
-        for key, value in facts[0].items():
-            if repr(fact[key]) != repr(value):  # the order of name patterns counts too
-                raise DesyncError(
-                    f"every rank must attach with the same {key}, got {_shown(value, fact[key])} on rank 0 and "
-                    f"{_shown(fact[key], value)} on rank {rank}; start all ranks from the same code and settings"
-                )
-
-
-def _shown(value: Any, other: Any) -> str:
-    """The value, or of a mapping only what differs from the other."""
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-        keys = [*value, *(key for key in other if key not in value)]  # what one leaves out is None there
-        value = {key: value.get(key) for key in keys if repr(other.get(key)) != repr(value.get(key))}
-    return repr(value)
