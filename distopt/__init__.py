@@ -5,7 +5,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import checkpoint, coding, ddp, federated, ops
+from distopt import checkpoint, coding, ddp, federated, gossip, ops
 from distopt.coding import GradientCoding
 from distopt.config import from_config
 from distopt.ddp import DGC, Dense, TopK
@@ -19,6 +19,7 @@ from distopt.errors import (
     PeerLostError,
     StateMismatchError,
 )
+from distopt.gossip import Gossip
 from distopt.version import __version__
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Dense",
     "DesyncError",
     "DistoptError",
+    "Gossip",
     "GradientCoding",
     "NonFiniteGradientError",
     "PeerLostError",
@@ -40,5 +42,6 @@ __all__ = [
     "ddp",
     "federated",
     "from_config",
+    "gossip",
     "ops",
 ]

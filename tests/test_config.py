@@ -35,6 +35,23 @@ from distopt.federated import (
     TracedDelays,
     TracedParticipation,
 )
+from distopt.gossip import (
+    A2CiD2,
+    Choco,
+    EdgeList,
+    ErdosRenyi,
+    Gossip,
+    NoLoCo,
+    PushSum,
+    QuasiGlobalMomentum,
+    RandomMatchings,
+    RandomRegular,
+    Ring,
+    ScaleFree,
+    SignCodec,
+    Torus,
+    Weighted,
+)
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values() if made.__module__.startswith("distopt.")]
@@ -53,6 +70,8 @@ REQUIRED = {
     DIFF2: {"num_clients": 10, "fewest_samples": 100},
     DPGD: {"num_clients": 10, "fewest_samples": 100},
     DPFedAvg: {"epsilon": 2.0, "rounds": 5, "accountant": "rdp"},
+    EdgeList: {"edges": ((0, 1), (1, 2))},
+    Weighted: {"weights": ((0.5, 0.5), (0.5, 0.5))},
 }
 
 GOOD = {
@@ -186,6 +205,30 @@ GOOD_FOR = {
     (LocalTraining, "weight_decay"): [0, 1e-3],
     (FedAsync, "max_staleness"): [0, 7],
     (ListWarmup, "densities"): [(0.25,), (1, 0.5, 0.001)],
+    (Gossip, "topology"): [Ring(), EdgeList(edges=((0, 1),)), RandomMatchings(of=Torus(rows=2))],
+    (Gossip, "mixing"): [PushSum(), Choco(codec=SignCodec()), A2CiD2()],
+    (Gossip, "correction"): ["off", "on", "auto"],
+    (Gossip, "every"): [1, 50],
+    (Gossip, "exchange"): ["synchronous", "overlapped", "asynchronous"],
+    (Gossip, "optimizer_state"): ["keep", "average"],
+    (Gossip, "buffers"): ["keep", "average"],
+    (Gossip, "peer_timeout"): [0.5, 600],
+    (Gossip, "grace"): [0.5, 5],
+    (Torus, "rows"): [None, 2],
+    (RandomMatchings, "of"): [None, Ring()],
+    (RandomRegular, "degree"): [2, 5],
+    (ErdosRenyi, "probability"): [None, 0.5, 1],
+    (ScaleFree, "attach"): [1, 3],
+    (EdgeList, "edges"): [((0, 1),), ((0, 1), (1, 2), (2, 0))],
+    (EdgeList, "directed"): [True, False],
+    (Weighted, "weights"): [((1.0,),), ((0.5, 0.5), (0.5, 0.5))],
+    (Weighted, "directed"): [True, False],
+    (Choco, "codec"): [SignCodec()],
+    (Choco, "gamma"): [0.1, 1],
+    (QuasiGlobalMomentum, "beta"): [0.5, 0.99],
+    (NoLoCo, "momentum"): [0.1, 0.9],
+    (NoLoCo, "outer_lr"): [0.1, 2],
+    (NoLoCo, "pull"): [0.1, 1.5],
 }
 
 DENSITY_RULE = ("must be a number in (0, 1]", "use 0.001 to send 0.1% of the gradient")
@@ -349,6 +392,32 @@ BAD = {
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
+    (Gossip, "topology"): [(value, "must be a name or a topology", "use 'ring'") for value in (3, None, Ring)],
+    (Gossip, "mixing"): [(value, "must be a name or a mixing rule", "use 'd-psgd'") for value in (3, None, PushSum)],
+    (Gossip, "correction"): [(value, "must be one of 'off', 'on', 'auto'") for value in (True, None)],
+    (Gossip, "every"): [(value, "must be an integer of at least 1", "use 1") for value in [*NOT_COUNTS, None]],
+    (Gossip, "exchange"): [(value, "must be one of 'synchronous', 'overlapped'") for value in ("async", None)],
+    (Gossip, "optimizer_state"): [(value, "must be one of 'keep', 'average'") for value in ("reset", None)],
+    (Gossip, "buffers"): [(value, "must be one of 'keep', 'average'") for value in ("mean", None)],
+    **{
+        (Gossip, name): [(value, "must be a positive number of seconds") for value in (0, -1.0, math.inf, "1", None)]
+        for name in ("peer_timeout", "grace")
+    },
+    (Torus, "rows"): [(value, "must be an integer of at least 1", "as square as possible") for value in NOT_COUNTS],
+    (RandomMatchings, "of"): [(value, "must be a topology or None", "Ring()") for value in ("ring", 3, Ring)],
+    (RandomRegular, "degree"): [(value, "must be an integer of at least 2", "use 4") for value in (1, 2.5, "3", None)],
+    (ErdosRenyi, "probability"): [(value, "must be a number in (0, 1]", "leave it out") for value in (0, 1.5, "1")],
+    (ScaleFree, "attach"): [(value, "must be an integer of at least 1", "use 2") for value in [*NOT_COUNTS, None]],
+    (EdgeList, "edges"): [(value, "edges must be", "use [[0, 1]") for value in ((), 3, None, ((0,),), (("a", "b"),))],
+    **{(made, "directed"): [(value, "must be True or False") for value in (0, "no")] for made in (EdgeList, Weighted)},
+    (Weighted, "weights"): [(value, "weights must be", "rows") for value in (None, (("a",),), ((1.0,), (0.5, 0.5)))],
+    (Choco, "codec"): [(value, "must be a codec", "TopKCodec") for value in ("top-k", None, SignCodec)],
+    (Choco, "gamma"): [(value, "must be a number in (0, 1]", "use 0.4") for value in (0, 1.5, "1", None)],
+    (QuasiGlobalMomentum, "beta"): [(value, "above 0 and below 1", "use 0.9") for value in (0, 1, 1.5, "1", None)],
+    **{
+        (NoLoCo, name): [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, 100.0, "1", None)]
+        for name in ("momentum", "outer_lr", "pull")
+    },
     **{
         (made, "clip"): [(value, "must be a number above 0", "use 1.0") for value in (0, -1.0, math.nan, "1", None)]
         for made in PRIVATE

@@ -1,0 +1,71 @@
+"""No all-reduce and no coordinator: average with neighbours only."""
+
+from distopt.gossip.attachment import GossipAttachment
+from distopt.gossip.codec import Codec, SignCodec, TopKCodec
+from distopt.gossip.configuration import Gossip
+from distopt.gossip.description import Description, describe
+from distopt.gossip.graph import Graph
+from distopt.gossip.mixing import (
+    DPSGD,
+    A2CiD2,
+    Choco,
+    GradientTracking,
+    Mixing,
+    NoLoCo,
+    PushSum,
+    QuasiGlobalMomentum,
+)
+from distopt.gossip.node_batches import NodeBatches
+from distopt.gossip.simulation import GossipHistory, simulate
+from distopt.gossip.topologies import (
+    Complete,
+    EdgeList,
+    ErdosRenyi,
+    Exponential,
+    OnePeerExponential,
+    RandomMatchings,
+    RandomRegular,
+    Ring,
+    ScaleFree,
+    Star,
+    Torus,
+    Weighted,
+)
+from distopt.gossip.topology import Topology
+from distopt.gossip.variance import variance_corrected
+
+__all__ = [
+    "DPSGD",
+    "A2CiD2",
+    "Choco",
+    "Codec",
+    "Complete",
+    "Description",
+    "EdgeList",
+    "ErdosRenyi",
+    "Exponential",
+    "Gossip",
+    "GossipAttachment",
+    "GossipHistory",
+    "GradientTracking",
+    "Graph",
+    "Mixing",
+    "NoLoCo",
+    "NodeBatches",
+    "OnePeerExponential",
+    "PushSum",
+    "QuasiGlobalMomentum",
+    "RandomMatchings",
+    "RandomRegular",
+    "Ring",
+    "ScaleFree",
+    "SignCodec",
+    "Star",
+    "TopKCodec",
+    "Topology",
+    "Torus",
+    "Weighted",
+    "describe",
+    "simulate",
+    "variance_corrected",
+]

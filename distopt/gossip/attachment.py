@@ -1,0 +1,394 @@
+"""Gossip at work on one model: what `attach` returns, and what `detach` undoes."""
+
+import atexit
+import hashlib
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distopt.comm import agree, end_quietly, gather_json, raise_together
+from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
+from distopt.gossip.configuration import Gossip
+from distopt.gossip.flat import group, trained
+from distopt.gossip.mixing.rule import Mixing
+from distopt.gossip.participant import AtOnce, Participant
+from distopt.gossip.ranks.background import Background
+from distopt.gossip.ranks.crew import Address, Assembly, Crew
+from distopt.gossip.ranks.exchange import Exchange
+from distopt.version import __version__
+
+_log = logging.getLogger("distopt")
+_FORMAT = 1
+_CPU = torch.device("cpu")
+
+
+class Scaler(Protocol):
+    """What is needed of a `torch.amp.GradScaler`."""
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Takes the optimizer's step, or skips it."""
+
+
+class GossipAttachment:
+    """Made by `Gossip(...).attach(model, optimizer)`; see there for arguments and errors. Also a context manager.
+
+    Attributes:
+        algorithm: The configuration at work.
+        process_group: The ranks that have begun; None for one that has joined later.
+    """
+
+    def __init__(
+        self,
+        algorithm: Gossip,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: Scaler | None,
+        process_group: dist.ProcessGroup | None,
+        interface: str | None,
+        join: str | None,
+    ) -> None:
+        self.algorithm = algorithm
+        self.process_group = None if join is not None else _group(process_group)
+        self._optimizer = optimizer
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
+        self._assembly, addresses = self._introduce(model, interface or own_address(self.process_group), join)
+        self._vectors = group(trained(model))
+        self._assembly.start(addresses)
+        crew = self._assembly.meet(0, new=join is not None)
+        self._exchange = Exchange(self._assembly, crew, algorithm.graphs, self._regroup)
+        self._participant = Participant(
+            algorithm,
+            algorithm.surroundings(len(crew.members)),
+            self._rows,
+            [each.segments for each in self._vectors],
+            self._exchange.perform,
+            AtOnce if algorithm.exchange == "synchronous" else Background,
+        )
+        if crew.new:
+            self._regroup(crew)
+        self._exchanges = 0
+        self._changes_gradients = type(algorithm.rule).gradient_ is not Mixing.gradient_
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        if self._changes_gradients:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._scaler = scaler
+        self._undo_scaler = None if scaler is None else _tell_of_skips(scaler, optimizer, self._after_skip)
+        self._ticked = False
+        self._attached = True
+        end_quietly()
+        atexit.register(_close_at_exit, weakref.ref(self))
+        _log.info(
+            "gossip: %s on %s with %d ranks, %s; parameters are %s", algorithm.rule.name, algorithm.graphs.name,
+            len(crew.members), algorithm.exchange,
+            "views of one vector" if all(each.are_views for each in self._vectors) else "copied for each exchange",
+        )  # fmt: skip
+
+    # -- the user's side ---------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """The "host:port" for `attach(..., join=)` of a process that comes later."""
+        host, port = self._assembly.address
+        return f"{host}:{port}"
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers since attach, of this rank, without a collective.
+
+        `steps` of the optimizer (those that a scaler skipped included), `exchanges`, `passed` (steps that found an
+        asynchronous exchange still under way), `bytes_sent`, `bytes_dense` (the parameters in fp32, once for each
+        exchange), `seconds_exchanging` (behind the computation where exchanges overlap), `members`, `lost` and `joined`
+        ranks, `meetings`, `variance_ratio` (the least that the last average left of a tensor's variance; None without
+        correction), `views` (whether parameters lie in one vector).
+        """
+        changes = self._exchange.changes
+        return {
+            "algorithm": self.algorithm.name,
+            "mixing": self.algorithm.rule.name,
+            "topology": self.algorithm.graphs.name,
+            "steps": self._participant.steps,
+            "exchanges": self._exchanges,
+            "passed": self._participant.passed,
+            "bytes_sent": changes.bytes_sent,
+            "bytes_dense": 4 * self._exchanges * sum(each.vector.numel() for each in self._vectors),
+            "seconds_exchanging": changes.waiting_s,
+            "members": list(self._exchange.members),
+            "lost": sorted(changes.lost),
+            "joined": sorted(changes.joined),
+            "meetings": changes.meetings,
+            "variance_ratio": self._participant.variance_ratio,
+            "views": all(each.are_views for each in self._vectors),
+        }
+
+    @torch.no_grad()
+    def consensus_distance(self) -> float:
+        """Root of the mean over ranks of the squared distance of their models to the mean model. Collective."""
+        self.flush()
+        rows = torch.cat([row[0].detach().double().cpu() for row in self._rows])
+        mean = rows / len(self._exchange.members)
+        self._exchange.add_up(mean)
+        squares = (rows - mean).square().sum().view(1)
+        self._exchange.add_up(squares)
+        return float((squares / len(self._exchange.members)).sqrt())
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Waits for an exchange that is under way, and takes it in. Every rank must call it at the same step."""
+        self._gather()
+        self._participant.settle_(self._rows)
+        self._scatter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state; every rank must save its own, with its model and optimizer. Flushes first."""
+        self.flush()
+        return {
+            "format": _FORMAT,
+            "algorithm": self.algorithm.to_dict(),
+            "world_size": len(self._exchange.members),
+            "step": self._participant.steps,
+            "round": self._exchange.round,
+            "ranks": {self._assembly.number: self._participant.state_dict()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state back, of as many ranks, after the model's and the optimizer's own.
+
+        Raises:
+            StateMismatchError: It is of another configuration, model or number of ranks.
+        """
+        for name, own in (
+            ("format", _FORMAT), ("algorithm", self.algorithm.to_dict()), ("world_size", len(self._exchange.members)),
+        ):  # fmt: skip
+            if (saved := state_dict.get(name)) != own:
+                raise StateMismatchError(
+                    f"the state and this run must agree in {name}, got {saved!r:.300} then and {own!r:.300} now; load "
+                    "it into the configuration that it was saved from"
+                )
+        if self._assembly.number not in state_dict["ranks"]:
+            raise StateMismatchError(
+                f"rank {self._assembly.number} must load its own state, got {sorted(state_dict['ranks'])}; give "
+                "each rank its own file"
+            )
+        self._participant.load_state_dict(state_dict["ranks"][self._assembly.number])
+        self._exchange.round = int(state_dict["round"])
+        self._gather()
+
+    def raise_together(self, problem: DistoptError | None) -> None:
+        """Raises on every rank that has begun if any has a problem. Collective."""
+        if self.process_group is not None:
+            raise_together(problem, self.process_group, _CPU, what="cannot load")
+        elif problem is not None:
+            raise problem
+
+    def detach(self) -> None:
+        """Takes in what is under way, leaves the others and gives everything back; not a collective.
+
+        Ranks that still exchange go on without this one.
+        """
+        if self._attached:
+            self.flush()
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.detach()
+        elif self._attached:
+            self._release()
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _rows(self) -> list[Tensor]:
+        return [each.vector for each in self._vectors]
+
+    def _before_step(self, *_: Any) -> None:
+        grads = [each.gradients() for each in self._vectors]
+        self._participant.gradients_(grads)
+        for vector, grad in zip(self._vectors, grads, strict=True):
+            vector.set_gradients(grad)
+
+    def _after_step(self, *_: Any) -> None:
+        self._ticked = True
+        self._tick()
+
+    def _after_skip(self) -> None:
+        """A scaler has called no step: the others do not know, and wait."""
+        if not self._ticked:
+            self._tick()
+        self._ticked = False
+
+    @torch.no_grad()
+    def _tick(self) -> None:
+        lr = {id(p): float(each["lr"]) for each in self._optimizer.param_groups for p in each["params"]}
+        self._gather()
+        due = (self._participant.steps + 1) % self.algorithm.every == 0
+        moments, put_back = self._moments() if due else ([], [])
+        rates = [each.by_parameter(lr) for each in self._vectors]
+        if self._participant.stepped_(self._rows, rates, moments):
+            self._exchanges += 1
+        self._scatter()
+        for moment, tensors in zip(moments, put_back, strict=True):
+            at = 0
+            for tensor in tensors:
+                tensor.copy_(moment[0, at : at + tensor.numel()].view(tensor.shape))
+                at += tensor.numel()
+
+    def _moments(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Buffers and the optimizer's moments as rows (1, k), by dtype, and the tensors that each is made of."""
+        tensors = list(self._buffers)
+        if self.algorithm.optimizer_state == "average":
+            for parameter in (p for each in self._vectors for p in each.parameters):
+                state = self._optimizer.state.get(parameter, {})
+                tensors += [t for _, t in sorted(state.items()) if isinstance(t, Tensor) and t.shape == parameter.shape]
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+        rows = [torch.cat([tensor.detach().reshape(-1) for tensor in each]).view(1, -1) for each in kinds.values()]
+        return rows, list(kinds.values())
+
+    def _gather(self) -> None:
+        for each in self._vectors:
+            each.gather()
+
+    def _scatter(self) -> None:
+        for each in self._vectors:
+            each.scatter()
+
+    # -- who takes part ----------------------------------------------------------------------------------------------
+
+    def _introduce(self, model: nn.Module, interface: str, join: str | None) -> tuple[Assembly, dict[int, Address]]:
+        """This rank's assembly, and where the others' boards are; all ranks find out whether they fit together."""
+        problem: DistoptError | None = None
+        own: dict[str, Any] | None = None
+        try:
+            own = self._facts(model)
+        except DistoptError as error:
+            problem = error
+        timing = {"patience_s": self.algorithm.peer_timeout, "grace_s": self.algorithm.grace}
+        if join is not None:
+            if problem is not None:
+                raise problem
+            return Assembly.to_join(join, interface, facts=own, **timing)
+        if self.process_group is None:
+            if problem is not None:
+                raise problem
+            alone = Assembly(0, interface, facts=own, **timing)
+            return alone, {0: alone.address}
+        agree(own, problem, self.process_group, _CPU)
+        assembly = Assembly(self.process_group.rank(), interface, facts=own, **timing)
+        told = gather_json(list(assembly.address), self.process_group, _CPU)
+        return assembly, {rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)}
+
+    def _facts(self, model: nn.Module) -> dict[str, Any]:
+        if isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
+            raise CompatibilityError(
+                "gossip takes the place of DDP's own averaging, got a DistributedDataParallel model; pass the module "
+                "that it wraps (model.module) and do not wrap it"
+            )
+        parameters = trained(model)
+        known = {id(p) for each in getattr(self._optimizer, "param_groups", ()) for p in each["params"]}
+        if not parameters or not any(id(p) in known for p in parameters.values()):
+            raise CompatibilityError(
+                f"the optimizer must hold parameters of the model, got none of its {len(parameters)}; make it from "
+                "model.parameters(), of this very model"
+            )
+        if self.algorithm.rule.replaces_momentum:
+            for each in self._optimizer.param_groups:
+                if type(self._optimizer) is not torch.optim.SGD or each["momentum"] or each["nesterov"]:
+                    raise CompatibilityError(
+                        f"{self.algorithm.rule.name} has a memory of its own and needs torch.optim.SGD without "
+                        f"momentum, got {type(self._optimizer).__name__} with momentum {each.get('momentum')}; use "
+                        "torch.optim.SGD(momentum=0)"
+                    )
+        ranks = 1 if self.process_group is None else self.process_group.size()
+        self.algorithm.surroundings(ranks)
+        shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+        return {
+            "distopt version": __version__,
+            "configuration": self.algorithm.to_dict(),
+            "model": f"{len(parameters)} parameters, digest {digest}",
+        }
+
+    def _regroup(self, crew: Crew) -> None:
+        around = self.algorithm.surroundings(len(crew.members))
+        rows = [*self._rows, *self._moments()[0]] if crew.new else []
+        if crew.new:
+            average = self._exchange.average_of_old(rows)
+            if self._assembly.number in crew.new:
+                for row, mean in zip(self._rows, average, strict=False):
+                    row.copy_(mean)
+                self._scatter()
+                self._participant.restart(self._rows, around)
+                return
+        self._participant.regroup_(self._rows, around)
+
+    def _release(self) -> None:
+        self._attached = False
+        for handle in self._handles:
+            handle.remove()
+        if self._undo_scaler is not None:
+            self._undo_scaler()
+        self._exchange.close()
+        for each in self._vectors:
+            each.release()
+
+
+def own_address(group: dist.ProcessGroup | None) -> str:
+    """The address of this machine on the way to the job's first rank; the loopback's where there is no other."""
+    host = os.environ.get("MASTER_ADDR")
+    if group is None or host is None:
+        return "127.0.0.1"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: the kernel says which way it would go
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks that begin together: those given, or all; None in a process that belongs to no job."""
+    if given is not None:
+        return given
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _tell_of_skips(scaler: Scaler, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> Callable[[], None]:
+    """Calls `after` behind each of the scaler's steps of this optimizer; how to undo it."""
+    original = scaler.step
+
+    def step(stepped: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = original(stepped, *args, **kwargs)
+        if stepped is optimizer:
+            after()
+        return result
+
+    scaler.step = step  # type: ignore[method-assign, assignment]
+
+    def undo() -> None:
+        if vars(scaler).get("step") is step:
+            del scaler.step
+
+    return undo
+
+
+def _close_at_exit(attachment: "weakref.ref[GossipAttachment]") -> None:
+    """Threads and connections must be gone before Python shuts down."""
+    found = attachment()
+    if found is not None and found._attached:
+        found._exchange.close()

@@ -1,0 +1,46 @@
+"""Push-sum, also called stochastic gradient push: averages on directed graphs."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distopt.gossip.correction import Correction
+from distopt.gossip.mixing.mixer import Mixer
+from distopt.gossip.mixing.rule import Mixing, State, Surroundings
+
+
+@dataclasses.dataclass(frozen=True)
+class PushSum(Mixing, name="push-sum"):
+    """Biased sums x and weights w travel; the model is z = x / w, at which gradients are taken.
+
+    `x <- P (x - lr g(z)); w <- P w; z = x / w` with columns of P that add up to 1 (Assran et al., "Stochastic Gradient
+    Push for Distributed Deep Learning", ICML 2019, algorithm 1). The sum of the x over the ranks is kept, and on any
+    strongly connected graph the z converge to the mean. Where the weights keep the mean by themselves w stays 1, and
+    this is D-PSGD.
+    """
+
+    needs_mean: ClassVar[bool] = False
+    can_correct: ClassVar[bool] = True
+
+    def begin(self, rows: Tensor, around: Surroundings) -> State:
+        """See `Mixing.begin`."""
+        return {"weight": torch.ones((len(rows), 1), dtype=torch.float64, device=rows.device), "before": rows.clone()}
+
+    def exchange_(
+        self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
+    ) -> None:
+        """See `Mixing.exchange_`. The optimizer's steps since the last exchange count for x as they are, see SGP."""
+        weight = state["weight"]
+        biased = state["before"] * weight.to(rows.dtype) + (rows - state["before"])
+        if correction is None:
+            mixed, pushed = mixer.mix(biased, weight)
+            rows.copy_(mixed / pushed.to(mixed.dtype))
+        else:  # the weights of an average of z are P_ij w_j / w_i
+            variances = weight * correction.variances(rows)
+            mixed, pushed, targets, squares = mixer.mix(biased, weight, variances, by_squares=weight.square())
+            rows.copy_(mixed / pushed.to(mixed.dtype))
+            correction.restore_(rows, targets / pushed, (squares / pushed.square()).squeeze(1))
+        weight.copy_(pushed)
+        state["before"].copy_(rows)

@@ -1,0 +1,1 @@
+"""Gossip between real ranks: who takes part, and what travels."""

@@ -1,0 +1,150 @@
+"""The exchange of one round between real ranks: point to point, with the round's senders and receivers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.gossip.codec import Codec
+from distopt.gossip.graph import Graph
+from distopt.ops import weighted_sum_
+
+_TAGS_PER_ROUND = 64
+_MOST_TAGS = 1 << 30
+
+
+class BrokenError(Exception):
+    """A connection of the group is gone.
+
+    Attributes:
+        places: Places in the group of those whose connections are.
+    """
+
+    def __init__(self, places: Sequence[int]) -> None:
+        super().__init__(f"connections to places {sorted(places)} are gone")
+        self.places = tuple(sorted(places))
+
+
+class SilentError(Exception):
+    """A connected member has said nothing for as long as it may.
+
+    Attributes:
+        place: Its place in the group.
+    """
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"place {place} is silent")
+        self.place = place
+
+
+class Staging:
+    """Buffers that are kept from round to round: new memory costs more than what it carries."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] = {}
+
+    def like(self, name: Any, row: Tensor) -> Tensor:
+        """A contiguous CPU tensor of this shape and dtype, pinned where that speeds copies up."""
+        buffer = self._kept.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (row.shape, row.dtype):
+            buffer = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda)
+            self._kept[name] = buffer
+        return buffer
+
+
+class RankMixer:
+    """See `Mixer`. The one row is this rank's.
+
+    Args:
+        group: A gloo group; nobody else uses it meanwhile.
+        place: Of this rank in the group.
+        graph: Of the round, one node for each place.
+        number: Of the round.
+        staging: Of this rank.
+
+    Attributes:
+        bytes_sent: By this rank.
+    """
+
+    def __init__(self, group: Any, place: int, graph: Graph, number: int, staging: Staging) -> None:
+        self._group, self._place, self._staging = group, place, staging
+        self._weights = graph.weights[place]
+        self._receivers, self._senders = graph.receivers(place), graph.senders(place)
+        self.squares = torch.tensor([float((self._weights**2).sum())], dtype=torch.float64)
+        self._tag = number * _TAGS_PER_ROUND
+        self._operations = 0
+        self.bytes_sent = 0
+
+    def mix(self, *rows: Tensor, by_squares: Tensor | None = None) -> tuple[Tensor, ...]:
+        """See `Mixer.mix`."""
+        sent = [*rows] if by_squares is None else [*rows, by_squares]
+        arrived = self._swap([row.reshape(-1) for row in sent])
+        mixed = []
+        for index, row in enumerate(sent):
+            squared = by_squares is not None and index == len(rows)
+            weights = self._weights**2 if squared else self._weights
+            mixed.append(self._averaged(row, [each[index] for each in arrived], weights))
+        return tuple(mixed)
+
+    def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+        """See `Mixer.mix_coded`."""
+        width = rows.shape[1]
+        code = codec.encode(rows[0])
+        arrived = self._swap([code])
+        own = codec.decode(code, width, rows.dtype)
+        others = [codec.decode(each[0], width, rows.dtype) for each in arrived]
+        return own.view(1, -1), self._averaged(own.view(1, -1), others, self._weights)
+
+    def _averaged(self, row: Tensor, others: Sequence[Tensor], weights: Any) -> Tensor:
+        parts = [float(weights[self._place]), *(float(weights[sender]) for sender in self._senders)]
+        wide = torch.promote_types(row.dtype, torch.float32)
+        out = torch.empty(row.numel(), dtype=wide, device=row.device)
+        if row.numel():
+            weighted_sum_(out, [row.reshape(-1), *(other.to(row.device) for other in others)], parts)
+        return out.to(row.dtype).view(row.shape)
+
+    def _swap(self, rows: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What each sender has sent for each of the rows."""
+        outgoing = [self._to_send(index, row) for index, row in enumerate(rows)]
+        arrived = [
+            [self._staging.like((self._operations, sender, index), row) for index, row in enumerate(outgoing)]
+            for sender in self._senders
+        ]
+        self._operations += 1
+        works: list[tuple[int, Any]] = []
+        broken: set[int] = set()
+        for index, row in enumerate(outgoing):
+            if row.numel():
+                for sender, buffers in zip(self._senders, arrived, strict=True):
+                    self._begin(works, broken, sender, self._group.recv, buffers[index])
+                for receiver in self._receivers:
+                    self._begin(works, broken, receiver, self._group.send, row)
+                    self.bytes_sent += row.nbytes
+                self._tag += 1
+        for place, work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                if "imed out" in str(error):
+                    raise SilentError(place) from None
+                broken.add(place)
+        if broken:
+            raise BrokenError(sorted(broken))
+        return arrived
+
+    def _begin(
+        self, works: list[tuple[int, Any]], broken: set[int], place: int, operation: Callable[..., Any], buffer: Tensor
+    ) -> None:
+        try:
+            works.append((place, operation([buffer], place, self._tag % _MOST_TAGS)))
+        except RuntimeError:
+            broken.add(place)
+
+    def _to_send(self, index: int, row: Tensor) -> Tensor:
+        if not row.is_cuda:
+            return row.contiguous()
+        staged = self._staging.like(("own", index), row)
+        staged.copy_(row, non_blocking=True)
+        torch.cuda.current_stream(row.device).synchronize()
+        return staged
