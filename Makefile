@@ -6,12 +6,14 @@
 #   TORCH_INDEX  address of a package index of CPU builds of torch; without it pip's own settings decide
 #   TORCH        what to install where no torch >= 2.10 is there yet
 #   NATIVE       which builds of the kernels' C++ tests to run
+#   WORKERS      how many processes share the tests
 
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 NATIVE ?= plain
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 FLOWER := $(VENV)-flower/bin
@@ -29,7 +31,7 @@ demo: setup  ## train a model three ways (dense, top-k, DGC) on 2 ranks; a table
 	$(BIN)/distopt compare
 
 test: setup  ## the tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m "not slow and not job"
+	$(BIN)/python -m pytest -m "not slow and not job" -n $(WORKERS) --dist loadfile
 
 test-jobs: setup  ## whole jobs under torchrun, mpirun and across network namespaces, faults among them; and builds
 	$(BIN)/python -m pytest -m "job and not slow"

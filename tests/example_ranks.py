@@ -9,7 +9,7 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DDP_DGC = EXAMPLES / "ddp_dgc.py"
 EPOCHS = 3  # of 22 steps
-DEADLINE_S = 100
+DEADLINE_S = 240
 
 # The route is given: each run would choose by a link that it has measured for itself, and two may not agree.
 ROUTED = """

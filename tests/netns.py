@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "netns_cluster.sh"
 NAME = f"t{os.getpid()}"
-DEADLINE_S = 40
+DEADLINE_S = 120
 # For a real torchrun on the hosts: the Python and the package under test.
 REAL = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -31,7 +31,7 @@ class Script:
         self._report, self._output, self._errors = report, output, errors
         self.pid = self._told()
 
-    def wait(self, timeout=100.0):
+    def wait(self, timeout=240.0):
         """The exit status, negative for a signal."""
         if self.returncode is None:
             if not select.select([self._report], [], [], timeout)[0]:
@@ -40,7 +40,7 @@ class Script:
             os.close(self._report)
         return self.returncode
 
-    def communicate(self, timeout=100.0):
+    def communicate(self, timeout=240.0):
         """Waits for the end: what was written to standard output and standard error."""
         self.wait(timeout)
         return self._written()
@@ -89,7 +89,7 @@ class WarmPython:
         os.close(theirs)
         return Script(request["arguments"], report, output, errors)
 
-    def run(self, code, *arguments, timeout=100.0, **options):
+    def run(self, code, *arguments, timeout=240.0, **options):
         """As `subprocess.run`, with the output as text."""
         script = self.start(code, *arguments, **options)
         try:

@@ -15,7 +15,7 @@ from distopt.comm.beats import NONCE_BYTES, Datagram, decode, encode
 from distopt.comm.heartbeat import Heartbeat, Member
 
 NONCE = bytes(range(NONCE_BYTES))
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class Group:

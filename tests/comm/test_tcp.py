@@ -242,7 +242,11 @@ def hello(secret, *, magic=b"DTCP", version=1, rank=1, size=3):
         (b"GET / HTTP/1.1\r\n" * 5, "garbage"),
         (bytes(80), "garbage"),
     ],
-)
+    ids=[
+        "the server's rank", "rank 3 of 3", "the largest rank", "a smaller job", "version 2", "another magic",
+        "another secret", "no secret", "a flipped bit", "a browser", "zeros",
+    ],  # the nonces are new in each process, which must all name the tests the same
+)  # fmt: skip
 def test_a_wrong_hello_is_refused_and_counted(server, said, reason):
     with raw(server) as stream:
         stream.sendall(said)

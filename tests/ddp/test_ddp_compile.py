@@ -55,7 +55,7 @@ def on_backends() -> None:
 
 
 def test_compiled_ddp_trains_like_ddp(ranks):
-    ranks(2)(on_backends, deadline_s=100)
+    ranks(2)(on_backends)
 
 
 def on_inductor() -> None:
@@ -66,7 +66,7 @@ def on_inductor() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(ranks):
-    ranks(2)(on_inductor, deadline_s=110)
+    ranks(2)(on_inductor)
 
 
 def on_python_reducer() -> str:

@@ -22,7 +22,7 @@ import distopt
 from listening import heard
 from rank_pool import FORKS
 
-DEADLINE_S = 100
+DEADLINE_S = 240
 
 
 def build(algorithm, **settings):

@@ -51,7 +51,6 @@ def test_the_example_trains_and_says_what_it_saves(undisturbed):
 
 
 @pytest.mark.job
-@pytest.mark.timeout(110)
 def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, undisturbed):
     (tmp_path / "killed.py").write_text(ROUTED.format(disturbance=DEATH))
     ran = torchrun("--max-restarts=2", str(tmp_path / "killed.py"), *ddp_dgc_arguments(tmp_path / "checkpoints"))
@@ -63,7 +62,6 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, u
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
-@pytest.mark.timeout(110)
 def test_a_checkpoint_of_two_ranks_goes_on_with_three(warm_python, tmp_path, undisturbed):
     shutil.copytree(undisturbed[1], tmp_path / "checkpoints")
     output = run_ranks(warm_python, *ddp_dgc_arguments(tmp_path / "checkpoints", epochs=EPOCHS + 1), ranks=3)

@@ -14,7 +14,7 @@ import netns
 from example_ranks import AS_IT_IS, EXAMPLES, free_port
 
 EXAMPLE = EXAMPLES / "federated_torchrun.py"
-ROUNDS, DEADLINE_S = 20, 110
+ROUNDS, DEADLINE_S = 20, 240
 ARGUMENTS = ["--rounds", str(ROUNDS), "--data", "digits"]
 ELSEWHERE = """
 import socket, time
@@ -71,7 +71,6 @@ def test_by_tcp_it_is_the_simulation_to_the_last_digit(warm_python, simulated):
 
 
 @pytest.mark.job
-@pytest.mark.timeout(120)
 def test_torchrun(simulated):
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", EXAMPLE, *ARGUMENTS],
@@ -83,7 +82,6 @@ def test_torchrun(simulated):
 
 @pytest.mark.job
 @mpirun.needs_mpi
-@pytest.mark.timeout(120)
 def test_mpirun(simulated):
     job = mpirun.start(3, EXAMPLE, arguments=ARGUMENTS)
     said = mpirun.finish(job, DEADLINE_S)
@@ -93,11 +91,10 @@ def test_mpirun(simulated):
 
 @pytest.mark.job
 @netns.needs_namespaces
-@pytest.mark.timeout(180)
 def test_hosts_with_addresses_of_their_own(simulated):
     ran = netns.cluster(
         "once", "3", "1gbit", "--deadline", "150", "--", EXAMPLE, *ARGUMENTS,
-        name=f"{netns.NAME}f", deadline_s=170, env=environment(DISTOPT_JOB_SECRET=SECRET, **netns.REAL),
+        name=f"{netns.NAME}f", deadline_s=240, env=environment(DISTOPT_JOB_SECRET=SECRET, **netns.REAL),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert result(ran.stdout) == simulated
@@ -105,7 +102,6 @@ def test_hosts_with_addresses_of_their_own(simulated):
 
 @pytest.mark.job
 @netns.needs_namespaces
-@pytest.mark.timeout(180)
 def test_by_tcp_between_hosts(simulated):
     """The server is heard on the interface that it was given, and on no other."""
     name = f"{netns.NAME}g"

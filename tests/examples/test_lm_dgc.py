@@ -7,8 +7,6 @@ import random
 import subprocess
 import sys
 
-import pytest
-
 from example_ranks import AS_IT_IS, EXAMPLES, run_ranks
 
 EXAMPLE = EXAMPLES / "lm_dgc.py"
@@ -35,7 +33,6 @@ def text(tmp_path):
 
 
 @pytest.mark.job
-@pytest.mark.timeout(110)
 def test_it_learns_dense_and_with_a_thousandth_of_the_gradient(warm_python, text, tmp_path):
     starters = {"dense": functools.partial(run_ranks, warm_python, EXAMPLE), "dgc": torchrun}
     figures = {}

@@ -15,7 +15,7 @@ from example_ranks import ddp_dgc_arguments, final_state
 from netns import REAL, cluster, command, needs_namespaces
 
 PEER_TIMEOUT_S = 5  # on a busy machine a rank may be silent for seconds
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 # Runs the example; with CUT in the environment the last host waits in the middle of the second epoch until the file of
 # that name is there: by then its link has been cut.

@@ -267,9 +267,14 @@ def test_whatever_happens_nothing_goes_on_running(hosts, environment, marker, op
 
 @needs_namespaces
 @pytest.mark.parametrize(("options", "status", "went_on"), [((), 137, False), (("--survivors",), 0, True)])
-def test_a_killed_rank_ends_the_others_unless_they_are_survivors(hosts, environment, options, status, went_on):
-    killed = "[ $RANK = 0 ] || kill -KILL $$; sleep 1; echo went on"
-    ran = cluster("run", 2, "--grace", "0", *options, "--", "bash", "-c", killed, env=environment)
+def test_a_killed_rank_ends_the_others_unless_they_are_survivors(
+    hosts, environment, tmp_path, options, status, went_on
+):
+    killed = (
+        '[ $RANK = 0 ] || { touch "$1"; kill -KILL $$; }; until [ -e "$1" ]; do sleep 0.1; done; sleep 2; echo went on'
+    )
+    job = ("bash", "-c", killed, "job", tmp_path / "killed")
+    ran = cluster("run", 2, "--grace", "0", *options, "--", *job, env=environment)
     assert ran.returncode == status, ran.stderr
     assert ("host1| went on" in ran.stdout) == went_on
     assert ("rank 1 was ended by signal 9" in ran.stderr) == went_on

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -148,6 +148,7 @@ def mean_over_clients(parts, inputs, targets, bound, previous, limit_bytes):
     return total / len(parts)
 
 
+@settings(max_examples=25)
 @given(
     size=st.integers(1, 12),
     place=st.integers(0, 10**6),
