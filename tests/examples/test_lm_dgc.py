@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 
+import pytest
+
 from example_ranks import AS_IT_IS, EXAMPLES, run_ranks
 
 EXAMPLE = EXAMPLES / "lm_dgc.py"
