@@ -14,9 +14,20 @@ from typer import Argument, Option
 
 from distopt import plotting
 from distopt.cli import compare as comparison
-from distopt.cli import datasets, info, machine, plan_code, ranks, report, simulate_config, simulate_report
+from distopt.cli import (
+    datasets,
+    info,
+    machine,
+    plan_code,
+    ranks,
+    report,
+    simulate_config,
+    simulate_report,
+    topology_drawing,
+)
 from distopt.cli import link as links
 from distopt.cli import simulate as simulation
+from distopt.cli import topology as topologies
 from distopt.cli.progress import show_progress
 from distopt.comm import Link
 from distopt.errors import ConfigError, DistoptError
@@ -299,6 +310,75 @@ def plan_coding(
         report.write_json(content, out / "plan-code.json")
         plan_code.plot(found, top, out / "plan-code.png")
         console.print(f"Plot: {out / 'plan-code.png'}\nFigures: {out / 'plan-code.json'}", highlight=False)
+
+
+@app.command(name="topology")
+def describe_topology(
+    names: Annotated[
+        list[str] | None,
+        Argument(
+            help="Topologies: ring, torus, star, complete, exponential, one-peer-exponential, random-matchings, "
+            "random-regular, erdos-renyi, scale-free. Default: all of them, unless --edges is given.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        Option(min=1, help="Ranks of the job. Default: as many as --edges has, else 8.", show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        Option(
+            help="A setting of a topology, as rows=2 of torus, degree=3 of random-regular, of=ring of "
+            "random-matchings; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    edges: Annotated[
+        Path | None,
+        Option(help="File of a graph of your own: two ranks in each line, counted from 0.", show_default=False),
+    ] = None,
+    directed: Annotated[
+        bool, Option("--directed", help="The pairs of --edges are sender and receiver, for push-sum.")
+    ] = False,
+    parameters: Annotated[int, Option(min=1, help="Parameters of the model that is exchanged.")] = 25_557_032,
+    values: Annotated[Values, Option(help="Type of the parameters.")] = Values.fp32,
+    draw: Annotated[
+        Path | None, Option(help="File for a picture: PNG, SVG or PDF by its ending.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, weights included, and nothing else.")] = False,
+) -> None:
+    """Say how fast ranks agree that average with their neighbours only, and what it costs; draw who talks to whom.
+
+    One topology is shown with its picture, several are compared.
+    """
+    if draw is not None:
+        plotting.load_matplotlib()
+    question = topologies.Question(
+        names=tuple(names or ()),
+        options=tuple(option or ()),
+        edges=edges,
+        directed=directed,
+        ranks=ranks,
+        parameters=parameters,
+        bytes_per_parameter=4 if values == Values.fp32 else 2,
+    )
+    found = topologies.answer(question)
+    if draw is not None:
+        topology_drawing.plot(found, draw)
+    if as_json:
+        print(json.dumps([topologies.plain(each) for each in found]))
+        return
+    console = _console()
+    if len(found) == 1:
+        console.print(topologies.single(found[0], question))
+        console.print(topology_drawing.text(found[0], braille=console.encoding.startswith("utf")), highlight=False)
+    else:
+        console.print(topologies.comparison(found, question))
+    if said := topologies.advice(found):
+        console.print(said, highlight=False, soft_wrap=True)
+    if draw is not None:
+        console.print(f"Picture: {draw}", highlight=False)
 
 
 @app.command()

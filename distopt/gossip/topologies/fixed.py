@@ -28,15 +28,23 @@ class Torus(Topology, name="torus"):
         if self.rows is not None:
             check_count("rows", self.rows, low=1, remedy="leave it out for a grid that is as square as possible")
 
-    def make(self, num_ranks: int, number: int) -> Graph:
-        """See `Topology.make`."""
+    def shape(self, num_ranks: int) -> tuple[int, int]:
+        """Rows and columns; rank i is in row `i // columns`.
+
+        Raises:
+            ConfigError: The rows do not divide the number of ranks.
+        """
         rows = self.rows or max(r for r in range(1, math.isqrt(num_ranks) + 1) if num_ranks % r == 0)
         if num_ranks % rows:
             raise ConfigError(
                 f"rows must divide the number of ranks, got {rows} for {num_ranks}; leave it out for a grid that is as "
                 "square as possible"
             )
-        columns = num_ranks // rows
+        return rows, num_ranks // rows
+
+    def make(self, num_ranks: int, number: int) -> Graph:
+        """See `Topology.make`."""
+        _, columns = self.shape(num_ranks)
         across = ((i, i - i % columns + (i + 1) % columns) for i in range(num_ranks))
         down = ((i, (i + columns) % num_ranks) for i in range(num_ranks))
         return Graph.undirected(num_ranks, (*across, *down))
