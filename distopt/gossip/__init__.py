@@ -17,6 +17,7 @@ from distopt.gossip.mixing import (
 )
 from distopt.gossip.node_batches import NodeBatches
 from distopt.gossip.simulation import GossipHistory, simulate
+from distopt.gossip.tensorboard import TensorBoard
 from distopt.gossip.topologies import (
     Complete,
     EdgeList,
@@ -61,6 +62,7 @@ __all__ = [
     "ScaleFree",
     "SignCodec",
     "Star",
+    "TensorBoard",
     "TopKCodec",
     "Topology",
     "Torus",

@@ -1,0 +1,57 @@
+"""The example trains under torchrun and without, and goes on from a checkpoint to the same bits."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from example_ranks import DEADLINE_S, EXAMPLES, run_ranks
+
+pytestmark = pytest.mark.job
+
+EXAMPLE = EXAMPLES / "gossip_ring.py"
+ARGUMENTS = ["--data", "digits", "--look-every", "30", "--lr", "0.03"]
+
+
+def ends(output):
+    """(rank, accuracy, exchanges, model) of each line that a rank says at its end."""
+    found = re.findall(
+        r"rank (\d): test accuracy ([0-9.]+)% after \d+ steps, (\d+) exchanges, .*model (\w{16})", output
+    )
+    return sorted((int(rank), float(accuracy), int(exchanges), model) for rank, accuracy, exchanges, model in found)
+
+
+def test_torchrun_writes_what_tensorboard_reads(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", EXAMPLE]
+    ran = subprocess.run(
+        [*command, *ARGUMENTS, "--steps", "90", "--every", "2", "--logdir", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    said = ends(ran.stdout)
+    assert [(rank, exchanges) for rank, _, exchanges, _ in said] == [(rank, 45) for rank in range(4)]
+    assert all(accuracy > 80 for _, accuracy, _, _ in said)
+    distances = re.findall(r"step (\d+): accuracy [0-9.]+%, consensus distance ([0-9.e-]+)\n", ran.stdout)
+    assert [step for step, _ in distances] == ["30", "60", "90"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for rank in range(4):
+        read = EventAccumulator(str(tmp_path / f"rank-{rank}"))
+        read.Reload()
+        written = read.Scalars("consensus_distance")
+        assert [f"{each.value:.3g}" for each in written] == [distance for _, distance in distances]
+        assert {"variance_ratio", "accuracy", "loss", "bytes_sent"} <= set(read.Tags()["scalars"])
+
+
+def test_a_checkpoint_goes_on_to_the_same_bits(warm_python, tmp_path):
+    arguments = [*ARGUMENTS, "--mixing", "noloco", "--topology", "random-matchings", "--every", "4", "--seed", "1"]
+    (whole,) = ends(run_ranks(warm_python, EXAMPLE, *arguments, "--steps", "60", ranks=2))
+    folder = ["--checkpoints", str(tmp_path)]
+    run_ranks(warm_python, EXAMPLE, *arguments, "--steps", "30", *folder, ranks=2)
+    output = run_ranks(warm_python, EXAMPLE, *arguments, "--steps", "60", *folder, ranks=2)
+    assert "step 30:" not in output, "it must go on, not begin again"
+    (resumed,) = ends(output)
+    assert (resumed[1], resumed[3]) == (whole[1], whole[3])
