@@ -36,8 +36,9 @@ test: setup  ## the tests that every change must pass (a few minutes)
 test-jobs: setup  ## whole jobs under torchrun, mpirun and across network namespaces, faults among them; and builds
 	$(BIN)/python -m pytest -m "job and not slow"
 
-test-slow: setup  ## the full-length tests
+test-slow: setup setup-flower  ## the full-length tests, those in Flower's environment among them
 	$(BIN)/python -m pytest -m slow
+	$(FLOWER)/python -m pytest -m slow tests/integrations/flower
 
 test-native:  ## the kernels' C++ tests, without torch: NATIVE="plain asan tsan aarch64" (the last needs a cross compiler)
 	$(MAKE) -C tests/native $(NATIVE)

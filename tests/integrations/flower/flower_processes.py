@@ -80,7 +80,7 @@ class Flower:
         (pids / str(client)).write_text(str(process.pid))
         return process
 
-    def run(self, app=APP, *, job=None, config=(), num_nodes=None, stream=True, deadline_s=550):
+    def run(self, app=APP, *, job=None, config=(), num_nodes=None, stream=True, deadline_s=1100):
         """`flwr run`; its exit status, and what it printed, with `stream` until the run is over."""
         command = ["run", str(app), "test", *(["--stream"] if stream else [])]
         if job is not None:
@@ -93,7 +93,7 @@ class Flower:
             command += ["--federation-config", nodes]
         return self.flwr(*command, deadline_s=deadline_s)
 
-    def flwr(self, *command, deadline_s=60):
+    def flwr(self, *command, deadline_s=240):
         """Flower's command line; its exit status, and what it printed."""
         done = subprocess.run(
             [PROGRAMS / "flwr", *command], capture_output=True, text=True, env=self.variables, timeout=deadline_s,
@@ -118,7 +118,7 @@ class Flower:
             end_group(process)
         wait_for_end(self.home)
 
-    def _wait_for_port(self, deadline_s=60):
+    def _wait_for_port(self, deadline_s=240):
         until = time.monotonic() + deadline_s
         while time.monotonic() < until and self.superlink.poll() is None:
             with socket.socket() as probe:
@@ -141,7 +141,7 @@ def processes_of(home):
     return found
 
 
-def wait_for_end(home, deadline_s=30):
+def wait_for_end(home, deadline_s=120):
     """Until nothing runs with this home any more; an error if something goes on."""
     until = time.monotonic() + deadline_s
     while left := processes_of(home):

@@ -40,7 +40,7 @@ def test_the_settings_of_the_app_make_an_algorithm():
 
 
 @pytest.mark.job
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_flwr_run_prints_what_the_simulation_prints_and_its_daemon_is_ended_by_its_id(tmp_path):
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", LOCAL_PORT)) == 0:
@@ -52,11 +52,11 @@ def test_flwr_run_prints_what_the_simulation_prints_and_its_daemon_is_ended_by_i
     try:
         ran = subprocess.run(
             [PROGRAMS / "flwr", *shlex.split(command)[1:]], cwd=APP, env=variables, capture_output=True, text=True,
-            timeout=350, check=True,
+            timeout=800, check=True,
         )  # fmt: skip
         expected = subprocess.run(
             [sys.executable, "-m", "digits.simulation"], cwd=APP, env=variables, capture_output=True, text=True,
-            timeout=100, check=True,
+            timeout=240, check=True,
         )  # fmt: skip
         assert LAST_LINE.search(ran.stdout + ran.stderr)[0] == LAST_LINE.search(expected.stdout)[0]
         assert LAST_LINE.search(expected.stdout)[0] in PAGE

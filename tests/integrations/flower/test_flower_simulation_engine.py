@@ -12,7 +12,7 @@ from flower_processes import Flower
 from distopt.federated import FederatedAlgorithm
 from flower_test_app.work import Job
 
-pytestmark = [pytest.mark.job, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.job, pytest.mark.timeout(1200)]
 
 NUM_CLIENTS = 4
 OFTEN = {"participation": "bernoulli", "probability": 0.6}
@@ -87,6 +87,7 @@ def test_replies_that_do_not_fit_and_a_client_that_fails(flower):
     assert all(tensor.isfinite().all() for tensor in left["arrays"].values())
 
 
+@pytest.mark.slow
 def test_fewer_nodes_than_clients_and_a_node_with_another_model(flower):
     job = {"algorithm": {"algorithm": "fedavg"}}
     told = {"num_clients": NUM_CLIENTS, "jobs": [job]}

@@ -13,7 +13,7 @@ from flower_processes import Flower, end_group
 
 from flower_test_app.work import Job
 
-pytestmark = [pytest.mark.job, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.job, pytest.mark.timeout(1200)]
 
 # Every message is a new Python process at its node, which takes seconds: so few clients, rounds and jobs.
 NUM_CLIENTS = 2
@@ -44,7 +44,7 @@ def left(flower, nodes):
     return flower.left({"num_clients": NUM_CLIENTS, "jobs": JOBS})
 
 
-def wait_for(path, deadline_s=400):
+def wait_for(path, deadline_s=1000):
     until = time.monotonic() + deadline_s
     while not path.exists():
         assert time.monotonic() < until, f"{path.name} does not come"
@@ -65,6 +65,7 @@ def test_model_and_history_are_the_simulators_to_the_bit(left, number):
     assert left[number]["refused"] == left[number]["lost"] == {}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on_from_its_checkpoint(flower, nodes, left, tmp_path):
     job = {"algorithm": {"algorithm": "scaffold"}, "participation": OFTEN, "rounds": 3}
     told = {"num_clients": NUM_CLIENTS, "jobs": [job], "checkpoint": str(tmp_path / "run.pt"), "checkpoint_every": 1}
@@ -79,6 +80,7 @@ def test_a_server_that_is_killed_goes_on_from_its_checkpoint(flower, nodes, left
             assert torch.equal(again["arrays"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_while_it_works_and_started_again(flower, nodes, left):
     """Its round ends without it when Flower misses it, and it takes part again as soon as it is there."""
     killed = nodes[1]
