@@ -84,6 +84,7 @@ class GossipAttachment:
         self._scaler = scaler
         self._undo_scaler = None if scaler is None else _tell_of_skips(scaler, optimizer, self._after_skip)
         self._ticked = False
+        self._model = model
         self._attached = True
         end_quietly()
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -139,6 +140,25 @@ class GossipAttachment:
         squares = (rows - mean).square().sum().view(1)
         self._exchange.add_up(squares)
         return float((squares / len(self._exchange.members)).sqrt())
+
+    @torch.no_grad()
+    def mean_state_dict(self) -> dict[str, Any]:
+        """The model's `state_dict` with the mean over all ranks, to evaluate or to keep. Collective; flushes first.
+
+        Of trained parameters, and of floating buffers unless each rank keeps its own; the rest is this rank's. The
+        model stays as it is. The sums are float64.
+
+        Raises:
+            PeerLostError: Somebody has gone meanwhile.
+        """
+        self.flush()
+        tensors = [*(p for each in self._vectors for p in each.parameters), *self._buffers]
+        flat = torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors])
+        self._exchange.add_up(flat.div_(len(self._exchange.members)))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        means = {id(t): part.view(t.shape).to(t) for t, part in zip(tensors, parts, strict=True)}
+        own = self._model.state_dict(keep_vars=True)  # a tied parameter is there under each of its names
+        return {name: means.get(id(value), value) for name, value in own.items()}
 
     @torch.no_grad()
     def flush(self) -> None:
