@@ -86,6 +86,11 @@ class GlooTransport:
         """Ranks whose connection is known to be gone."""
         return frozenset(self._lost)
 
+    @property
+    def closed(self) -> bool:
+        """See `Transport.closed`."""
+        return self._closed
+
     def send(self, destination: int, frame: Tensor) -> None:
         """See `Transport.send`."""
         if frame.numel() > self.max_frame_bytes:

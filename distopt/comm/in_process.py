@@ -29,6 +29,11 @@ class InProcess:
         """Ranks that `die` was called on."""
         return frozenset(self._lost)
 
+    @property
+    def closed(self) -> bool:
+        """See `Transport.closed`."""
+        return self._closed
+
     def send(self, destination: int, frame: Tensor) -> None:
         """See `Transport.send`."""
         if not 0 <= destination < self.size:

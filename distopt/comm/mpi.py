@@ -120,6 +120,11 @@ class MPITransport:
         """Ranks whose connection is known to be gone."""
         return self._lost
 
+    @property
+    def closed(self) -> bool:
+        """See `Transport.closed`."""
+        return self._closed
+
     def send(self, destination: int, frame: Tensor) -> None:
         """See `Transport.send`. A frame to a peer that has closed its end is dropped, and any after `close`."""
         self._check()

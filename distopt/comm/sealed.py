@@ -122,6 +122,11 @@ class Sealed:
         return self._inner.lost
 
     @property
+    def closed(self) -> bool:
+        """See `Transport.closed`."""
+        return self._closed
+
+    @property
     def refused(self) -> Counter[str]:
         """How many records were dropped, by reason; a copy."""
         return Counter(self._refused)

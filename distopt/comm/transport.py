@@ -29,6 +29,10 @@ class Transport(Protocol):
     def lost(self) -> frozenset[int]:
         """Ranks whose connection is known to be gone; they come back in a `ReturningTransport` only."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called here: nothing will be received any more."""
+
     def send(self, destination: int, frame: Tensor) -> None:
         """Queues a frame and returns at once. The frame must not be changed any more; to a lost rank it is dropped.
 

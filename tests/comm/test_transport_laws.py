@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 
 
 def pattern(num_bytes, seed=0):
-    return ((torch.arange(num_bytes) * 7 + seed) % 251).to(torch.uint8)
+    return torch.arange(seed, seed + 251).to(torch.uint8).repeat(num_bytes // 251 + 1)[:num_bytes]
 
 
 def receive(end):
@@ -128,8 +128,10 @@ def test_closing_lets_others_take_what_is_queued_and_wakes_who_waits(kind):
         waiting.start()
         ends[1].send(0, pattern(LARGE))
         ends[1].send(0, pattern(3))
+        assert not ends[1].closed
         ends[1].close(20.0)
         ends[1].close(20.0)
+        assert ends[1].closed
         assert woken.wait(20.0)
         waiting.join(20.0)
         assert receive(ends[0])[1].numel() == LARGE

@@ -70,6 +70,11 @@ class End:
             return frozenset(set(self._connections) - links)
 
     @property
+    def closed(self) -> bool:
+        """See `Transport.closed`."""
+        return self._closing.is_set()
+
+    @property
     def connected(self) -> frozenset[int]:
         """Ranks that are connected now."""
         with self._lock:

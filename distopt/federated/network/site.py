@@ -285,6 +285,11 @@ class Site:
         return 0 if connections is None else int(connections(SERVER))
 
     def _look_after(self) -> None:
+        if self._transport.closed:
+            raise DistoptError(
+                f"the transport of the site on rank {self._rank} was closed while it takes part, so it hears no more; "
+                "close it after take_part has returned"
+            )
         now = time.monotonic()
         lost = SERVER in self._transport.lost
         if lost and not self._may_return:
