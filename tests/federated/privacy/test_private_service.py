@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_private_jobs import CLIENTS, INPUTS, OF_JOB, PARTS, TARGETS, build, loss_of_all, simulation, square
+from test_private_jobs import CLIENTS, INPUTS, OF_JOB, PARTS, ROUNDS, TARGETS, build, loss_of_all, simulation, square
 
 from distopt.comm import InProcess
 from distopt.errors import ConfigError
@@ -63,10 +63,10 @@ def test_a_service_s_rounds_are_the_simulation_s_but_for_the_noise(name):
 
 def test_a_service_ends_at_its_epsilon():
     _, history = served(DIFF2(**OF_JOB), 100)
-    assert 12 <= len(history) < 100
+    assert ROUNDS <= len(history) < 100
     assert history.last("epsilon") <= 3.0
     _, earlier = served(DIFF2(**OF_JOB), 100, stop_at_epsilon=2.8)
-    assert 0 < len(earlier) < 12
+    assert 0 < len(earlier) < ROUNDS
 
 
 @pytest.mark.parametrize(
