@@ -3,6 +3,7 @@
 A job of ranks has a deadline, and ends as a whole when one of them fails.
 """
 
+import itertools
 import multiprocessing
 import pickle
 import tempfile
@@ -81,7 +82,7 @@ def digits(inputs: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def deep_mlp(*, layer_norm: bool = False) -> nn.Module:
     """64-64-64-64-64-10 with ReLU, Xavier's weights and biases of 0."""
     widths, parts = [64, 64, 64, 64, 64, 10], []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(widths):
         linear = nn.Linear(fan_in, fan_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)

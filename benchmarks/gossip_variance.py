@@ -19,6 +19,7 @@ Steps are counted, not seconds: the machine's load changes nothing.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 from pathlib import Path
@@ -94,7 +95,7 @@ def train(run: Run) -> dict[str, Any]:
         if run.part != "labels" and row["accuracy"] >= TARGET:
             raise ReachedError
 
-    try:
+    with contextlib.suppress(ReachedError):
         simulate(
             Gossip(topology=run.topology, correction=run.correction),
             make_model=lambda: deep_mlp(layer_norm=run.layer_norm),
@@ -107,8 +108,6 @@ def train(run: Run) -> dict[str, Any]:
             seed=1000 * run.seed,
             progress=progress,
         )
-    except ReachedError:
-        pass
     return {"step": first(curve), "accuracy": curve[-1][1], "left": round(min(left), 4), "curve": curve}
 
 
@@ -131,15 +130,13 @@ def simulated(options: argparse.Namespace) -> list[Run]:
                 found.append(Run(part="nodes", nodes=nodes, **common))
                 if nodes <= 32:
                     found.append(Run(part="nodes", nodes=nodes, inputs="standardised", **common))
-            for graph in GRAPHS:
-                found.append(Run(part="graphs", nodes=16, topology=graph, **common))
+            found += [Run(part="graphs", nodes=16, topology=graph, **common) for graph in GRAPHS]
+            found += [Run(part="layer norm", nodes=nodes, layer_norm=True, **common) for nodes in (4, 16)]
             found.append(Run(part="labels", nodes=16, labels="dirichlet", **common))
-            for nodes in (4, 16):
-                found.append(Run(part="layer norm", nodes=nodes, layer_norm=True, **common))
     return sorted(found, key=lambda run: (run.correction != "off", -run.nodes))
 
 
-# -- real ranks ----------------------------------------------------------------------------------------------------------
+# -- real ranks --------------------------------------------------------------------------------------------------------
 
 
 def on_ranks(seeds: int, steps: int) -> list[dict[str, Any]]:
