@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distopt.config import check_count, check_number
 from distopt.errors import ConfigError
+from distopt.gossip.clocks import PoissonClocks
 from distopt.gossip.description import chis
 from distopt.gossip.graph import Edge, Graph
 from distopt.gossip.topology import Topology, make_topology
@@ -230,11 +231,8 @@ def simulate_dadao(
     per_edge, chi1 = edge_rates(made.graph(nodes_count), rates)
     constants = DadaoConstants(smoothness=smoothness, strong_convexity=strong_convexity, chi1=chi1)
     nodes = [DadaoNode(row, constants) for row in start.double()]
-    edges, edge_shares = list(per_edge), np.array(list(per_edge.values()))
-    total = nodes_count + edge_shares.sum()
-    chances = np.cumsum(np.concatenate([np.ones(nodes_count), edge_shares])) / total
-    random = np.random.default_rng(seed)
-    history, time, gradients, messages = DadaoHistory(), 0.0, 0, 0
+    clocks = PoissonClocks(nodes_count, per_edge, seed)
+    history, gradients, messages = DadaoHistory(), 0, 0
 
     def look() -> None:
         history.gradients.append(gradients)
@@ -243,23 +241,22 @@ def simulate_dadao(
 
     look()
     while gradients < num_gradients:
-        time += random.exponential(1 / total)
-        event = int(np.searchsorted(chances, random.random()))
-        if event < nodes_count:
-            nodes[event].advance(time)
-            nodes[event].take_gradient(lambda x, node=event: gradient(node, x))  # type: ignore[misc]
-            gradients += 1
-            if gradients % look_every == 0:
-                look()
-        else:
-            i, j = edges[event - nodes_count]
+        event = clocks.tick()
+        if isinstance(event, tuple):
+            i, j = event
             for node in (nodes[i], nodes[j]):
-                node.advance(time)
+                node.advance(clocks.time)
             first, second = nodes[i].message, nodes[j].message
             nodes[i].meet(first, second)
             nodes[j].meet(second, first)
             messages += 1
+        else:
+            nodes[event].advance(clocks.time)
+            nodes[event].take_gradient(lambda x, node=event: gradient(node, x))  # type: ignore[misc]
+            gradients += 1
+            if gradients % look_every == 0:
+                look()
     for node in nodes:
-        node.advance(time)
+        node.advance(clocks.time)
     history.nodes = torch.stack([node.vectors[_X] for node in nodes])
     return history
