@@ -3,6 +3,7 @@
 from distopt.gossip.attachment import GossipAttachment
 from distopt.gossip.codec import Codec, SignCodec, TopKCodec
 from distopt.gossip.configuration import Gossip
+from distopt.gossip.dadao import DadaoHistory, edge_rates, simulate_dadao
 from distopt.gossip.description import Description, describe
 from distopt.gossip.graph import Graph
 from distopt.gossip.mixing import (
@@ -41,6 +42,7 @@ __all__ = [
     "Choco",
     "Codec",
     "Complete",
+    "DadaoHistory",
     "Description",
     "EdgeList",
     "ErdosRenyi",
@@ -68,6 +70,8 @@ __all__ = [
     "Torus",
     "Weighted",
     "describe",
+    "edge_rates",
     "simulate",
+    "simulate_dadao",
     "variance_corrected",
 ]

@@ -383,9 +383,16 @@ def own_address(group: dist.ProcessGroup | None) -> str:
 
 def _group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks that begin together: those given, or all; None in a process that belongs to no job."""
-    if given is not None:
-        return given
-    return dist.group.WORLD if dist.is_initialized() else None
+    group = given if given is not None or not dist.is_initialized() else dist.group.WORLD
+    if group is not None:
+        try:
+            group._get_backend(_CPU)
+        except RuntimeError as error:
+            raise CompatibilityError(
+                f"the ranks must have a process group for tensors on the CPU, got {dist.get_backend(group)!r}; use "
+                'init_process_group("cpu:gloo,cuda:nccl"), or process_group=dist.new_group(backend="gloo")'
+            ) from error
+    return group
 
 
 def _tell_of_skips(scaler: Scaler, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,94 @@
+"""The code in docs/gossip.md and its pages runs as it stands there, and the pages name all that there is."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import docs_rank
+import pytest
+import torch
+
+from distopt.config import Configurable
+from distopt.gossip import Gossip, Mixing, Topology
+from distopt.gossip.codec import Codec
+
+DOCS = Path(__file__).parents[2] / "docs"
+ENTRY = DOCS / "gossip.md"
+TOPOLOGIES, ALGORITHMS = (DOCS / "gossip" / f"{name}.md" for name in ("topologies", "algorithms"))
+COMING = {"gossip/faults.md", "gossip/measured.md"}
+PAGES = [ENTRY, *sorted((DOCS / "gossip").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.job
+def test_the_code_of_the_entry_page_runs_on_ranks(ranks, tmp_path):
+    found = ranks(2)(docs_rank.run_blocks, blocks(ENTRY), tmp_path)
+    assert torch.equal(found[0][1], found[1][1])
+    said = [output.splitlines() for output, _ in found]
+    assert float(said[0][0]) == float(said[1][0])
+    assert re.fullmatch(r"[\w.]+:\d+", said[0][1])
+    for lines in said:
+        assert lines[-1].startswith("variance correction needs an algorithm that stays right when averages are")
+        assert "'accuracy': " in lines[-2]
+    for rank in range(2):
+        assert list((tmp_path / "runs" / "gossip" / f"rank-{rank}").iterdir())
+
+
+@pytest.mark.job
+@pytest.mark.parametrize("page", [TOPOLOGIES, ALGORITHMS], ids=lambda page: page.stem)
+def test_the_code_of_the_other_pages_runs(monkeypatch, page):
+    for kind in (Topology, Mixing):
+        monkeypatch.setattr(kind, "_known", dict(kind._known))  # what a page adds is of this test alone
+    names = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def rows(page):
+    """The cells of all tables' rows."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_value_of_the_configuration_is_there_with_its_default():
+    table = {cells[0]: cells for cells in rows(ENTRY) if re.fullmatch(r"`\w+`", cells[0]) and len(cells) == 4}
+    assert set(table) == {f"`{field.name}`" for field in dataclasses.fields(Gossip)}
+    for field in dataclasses.fields(Gossip):
+        default = field.default.name if isinstance(field.default, Configurable) else field.default
+        shown = f'"{default}"' if isinstance(default, str) else repr(default)
+        assert table[f"`{field.name}`"][1] == f"`{shown}`"
+
+
+@pytest.mark.parametrize(("kind", "page"), [(Topology, TOPOLOGIES), (Mixing, ALGORITHMS), (Codec, ALGORITHMS)])
+def test_all_that_there_is_has_a_row_and_its_settings_are_named(kind, page):
+    text = page.read_text()
+    for name, made in kind._known.items():
+        (row,) = (cells for cells in rows(page) if cells[0].startswith(f"`{made.__name__}("))
+        assert row[1] == f"`{name}`"
+        for field in dataclasses.fields(made):
+            if field.default is dataclasses.MISSING:
+                assert f"{made.__name__}({field.name}=" in text
+            elif field.name != "codec":
+                shown = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+                assert f"`{field.name}={shown}`" in text, (name, field.name)
+
+
+@pytest.mark.parametrize("mixing", [made for name, made in Mixing._known.items()], ids=lambda made: made.name)
+def test_the_table_of_algorithms_says_which_are_corrected(mixing):
+    (row,) = (cells for cells in rows(ALGORITHMS) if cells[0].startswith(f"`{mixing.__name__}("))
+    assert row[4] == ("yes" if mixing.can_correct else "no")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_gossip_lead_somewhere(page):
+    def anchors(path):
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+        return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists() or target in COMING, target
+        assert not anchor or anchor in anchors(path), anchor
