@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -59,7 +59,7 @@ class GossipAttachment:
     ) -> None:
         self.algorithm = algorithm
         self.process_group = None if join is not None else _group(process_group)
-        self._optimizer = optimizer
+        self._optimizer, self._scaler = optimizer, scaler
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
         self._assembly, addresses = self._introduce(model, interface or own_address(self.process_group), join)
         self._vectors = group(trained(model))
@@ -77,11 +77,11 @@ class GossipAttachment:
         if crew.new:
             self._regroup(crew)
         self._exchanges = 0
-        self._changes_gradients = type(algorithm.rule).gradient_ is not Mixing.gradient_
+        self._given = {id(p) for each in optimizer.param_groups for p in each["params"]}
+        self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
-        if self._changes_gradients:
+        if _changes_gradients(algorithm):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._scaler = scaler
         self._undo_scaler = None if scaler is None else _tell_of_skips(scaler, optimizer, self._after_skip)
         self._ticked = False
         self._model = model
@@ -162,10 +162,40 @@ class GossipAttachment:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Waits for an exchange that is under way, and takes it in. Every rank must call it at the same step."""
+        """Waits for an exchange that is under way, and takes it in. Every rank must call it.
+
+        Asynchronous ranks, which may have taken differently many steps, first make as many exchanges as the one that
+        has begun most: nobody is left waiting for one that nobody else makes, and no mass is under way any more. Others
+        must call it at the same step.
+
+        Raises:
+            PeerLostError: A rank has gone meanwhile; call it again.
+        """
         self._gather()
-        self._participant.settle_(self._rows)
+        moments, tensors = self._moments()
+        if self.algorithm.exchange == "asynchronous":
+            self._catch_up(moments)
+        self._take_in(moments, tensors)
+
+    def _take_in(self, moments: list[Tensor], tensors: list[list[Tensor]]) -> None:
+        self._participant.settle_(self._rows, moments)
         self._scatter()
+        _put_back(moments, tensors)
+
+    def _catch_up(self, moments: list[Tensor]) -> None:
+        last = self._largest(self._exchange.round + self._participant.is_under_way)
+        self._participant.settle_(self._rows, moments)
+        while self._exchange.round < last:
+            self._participant.begin_(self._rows, [0.0] * len(self._rows), moments)
+            self._participant.settle_(self._rows, moments)
+        self._participant.level_(self._rows, self._largest(self._participant.clock))
+
+    def _largest(self, own: float) -> float:
+        members = self._exchange.members
+        told = torch.zeros(len(members), dtype=torch.float64)
+        told[members.index(self._assembly.number)] = own
+        self._exchange.add_up(told)
+        return float(told.max())
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state; every rank must save its own, with its model and optimizer. Flushes first."""
@@ -209,13 +239,17 @@ class GossipAttachment:
         elif problem is not None:
             raise problem
 
+    @torch.no_grad()
     def detach(self) -> None:
         """Takes in what is under way, leaves the others and gives everything back; not a collective.
 
-        Ranks that still exchange go on without this one.
+        Ranks that still exchange go on without this one. Where asynchronous ranks end together, let each call `flush`
+        before: then nothing is under way, and none of them needs to meet the rest anew.
         """
         if self._attached:
-            self.flush()
+            self._gather()
+            moments, tensors = self._moments()
+            self._take_in(moments, tensors)
             self._release()
 
     def __enter__(self) -> Self:
@@ -242,7 +276,7 @@ class GossipAttachment:
             vector.set_gradients(grad)
 
     def _after_step(self, *_: Any) -> None:
-        self._ticked = True
+        self._ticked = self._scaler is not None
         self._tick()
 
     def _after_skip(self) -> None:
@@ -254,18 +288,28 @@ class GossipAttachment:
     @torch.no_grad()
     def _tick(self) -> None:
         lr = {id(p): float(each["lr"]) for each in self._optimizer.param_groups for p in each["params"]}
+        self._check_still_all(lr)
         self._gather()
         due = (self._participant.steps + 1) % self.algorithm.every == 0
-        moments, put_back = self._moments() if due else ([], [])
+        moments, tensors = self._moments() if due else ([], [])
         rates = [each.by_parameter(lr) for each in self._vectors]
         if self._participant.stepped_(self._rows, rates, moments):
             self._exchanges += 1
         self._scatter()
-        for moment, tensors in zip(moments, put_back, strict=True):
-            at = 0
-            for tensor in tensors:
-                tensor.copy_(moment[0, at : at + tensor.numel()].view(tensor.shape))
-                at += tensor.numel()
+        _put_back(moments, tensors)
+
+    def _check_still_all(self, lr: Mapping[int, float]) -> None:
+        """What is trained now and was not at attach would be left out of all averages, in silence."""
+        if lr.keys() <= self._given and not self._frozen:
+            return
+        for each in self._optimizer.param_groups:
+            for number, parameter in enumerate(each["params"]):
+                if id(parameter) not in self._given or (id(parameter) in self._frozen and parameter.requires_grad):
+                    raise CompatibilityError(
+                        "the optimizer must have the parameters that it had at attach, and frozen ones must stay so, "
+                        f"got another at place {number} of a group, of shape {tuple(parameter.shape)}; detach, and "
+                        "attach again on every rank"
+                    )
 
     def _moments(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Buffers and the optimizer's moments as rows (1, k), by dtype, and the tensors that each is made of."""
@@ -314,10 +358,10 @@ class GossipAttachment:
         return assembly, {rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)}
 
     def _facts(self, model: nn.Module) -> dict[str, Any]:
-        if isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
+        if any(isinstance(each, DistributedDataParallel) for each in model.modules()):
             raise CompatibilityError(
                 "gossip takes the place of DDP's own averaging, got a DistributedDataParallel model; pass the module "
-                "that it wraps (model.module) and do not wrap it"
+                "that it wraps (model.module), and do not wrap it"
             )
         parameters = trained(model)
         known = {id(p) for each in getattr(self._optimizer, "param_groups", ()) for p in each["params"]}
@@ -334,6 +378,15 @@ class GossipAttachment:
                         f"momentum, got {type(self._optimizer).__name__} with momentum {each.get('momentum')}; use "
                         "torch.optim.SGD(momentum=0)"
                     )
+        if (
+            self._scaler is not None
+            and _changes_gradients(self.algorithm)
+            and getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        ):
+            raise CompatibilityError(
+                f"{self.algorithm.rule.name} needs gradients that are unscaled before the step, got a fused "
+                f"{type(self._optimizer).__name__} with a scaler, which unscales them within it; use fused=False"
+            )
         ranks = 1 if self.process_group is None else self.process_group.size()
         self.algorithm.surroundings(ranks)
         shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
@@ -366,6 +419,17 @@ class GossipAttachment:
         self._exchange.close()
         for each in self._vectors:
             each.release()
+
+
+def _changes_gradients(algorithm: Gossip) -> bool:
+    return type(algorithm.rule).gradient_ is not Mixing.gradient_
+
+
+def _put_back(moments: Sequence[Tensor], tensors: Sequence[Sequence[Tensor]]) -> None:
+    """From rows (1, k) to the tensors that each was made of."""
+    for moment, parts in zip(moments, tensors, strict=True):
+        for tensor, part in zip(parts, moment[0].split([tensor.numel() for tensor in parts]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def own_address(group: dist.ProcessGroup | None) -> str:

@@ -71,7 +71,7 @@ class Gossip(Algorithm, name="gossip"):
         if self.exchange != "synchronous" and not self.mixing.can_overlap:
             raise ConfigError(
                 f"exchange={self.exchange!r} needs an algorithm that may mix older models, got {self.mixing.name!r}; "
-                "use exchange='synchronous', or d-psgd"
+                "use exchange='synchronous', or d-psgd, push-sum or a2cid2"
             )
         if self.exchange != "synchronous" and self.optimizer_state == "average":
             raise ConfigError(

@@ -74,7 +74,6 @@ class FlatParameters:
     Attributes:
         vector: (1, d).
         parameters: In their order.
-        are_views: Whether the parameters are views of it.
         places: Of the parameters.
     """
 
@@ -85,11 +84,16 @@ class FlatParameters:
         size = self.places[-1].segment.stop
         self.vector = torch.empty((1, size), dtype=first.dtype, device=first.device)
         self._views = [place.view(self.vector[0]) for place in self.places]
-        self.are_views = all(_may_move(parameter) for parameter in self.parameters) and not _share(self.parameters)
         self.gather()
-        if self.are_views:
+        if all(_may_move(parameter) for parameter in self.parameters) and not _share(self.parameters):
             for parameter, view in zip(self.parameters, self._views, strict=True):
                 parameter.data = view
+
+    @property
+    def are_views(self) -> bool:
+        """Whether the parameters are views of the vector."""
+        pairs = zip(self.parameters, self._views, strict=True)
+        return all(parameter.data_ptr() == view.data_ptr() for parameter, view in pairs)
 
     @property
     def segments(self) -> list[Segment]:
@@ -98,9 +102,19 @@ class FlatParameters:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Brings the vector up to date."""
-        for parameter, view in zip(self.parameters, self._views, strict=True):
+        """Brings the vector up to date.
+
+        Raises:
+            CompatibilityError: The model has another dtype or device now.
+        """
+        for parameter, view, place in zip(self.parameters, self._views, self.places, strict=True):
             if parameter.data_ptr() != view.data_ptr():
+                if (parameter.dtype, parameter.device) != (view.dtype, view.device):
+                    raise CompatibilityError(
+                        f"a model must stay of the dtype and on the device with which it was attached, got "
+                        f"{place.segment.name!r} of {parameter.dtype} on {parameter.device} after {view.dtype} on "
+                        f"{view.device}; move it first, then attach"
+                    )
                 view.copy_(parameter)
 
     @torch.no_grad()
@@ -111,10 +125,19 @@ class FlatParameters:
                 parameter.copy_(view)
 
     def gradients(self) -> Tensor:
-        """(1, d), a copy; zero where a parameter has none."""
+        """(1, d), a copy; zero where a parameter has none.
+
+        Raises:
+            CompatibilityError: A gradient is sparse.
+        """
         grads = torch.zeros_like(self.vector)
         for parameter, place in zip(self.parameters, self.places, strict=True):
             if parameter.grad is not None:
+                if parameter.grad.layout != torch.strided:
+                    raise CompatibilityError(
+                        f"a rule that changes gradients needs dense ones, got that of {place.segment.name!r} in "
+                        f"{parameter.grad.layout}; make the embedding with sparse=False, or use mixing='d-psgd'"
+                    )
                 place.view(grads[0]).copy_(parameter.grad)
         return grads
 

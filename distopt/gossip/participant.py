@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from distopt.errors import StateMismatchError
+from distopt.gossip.clock import GradientClock
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.correction import Correction, Segment
 from distopt.gossip.mixing.mixer import Mixer
@@ -72,9 +74,13 @@ class Participant:
         self._states: list[State] = [self._rule.begin(rows, around) for rows in vectors]
         self.corrections = [Correction(gossip.correction, each) if gossip.corrects else None for each in segments]
         self._perform, self._start = perform, start
+        waits = gossip.exchange != "asynchronous" or start is AtOnce
+        self._clock = None if waits else GradientClock(gossip.every)
         self._sent: list[Tensor] = []
         self._mixed: list[Tensor] = []
         self._under_way: Later | None = None
+        self._sent_moments: list[Tensor] = []
+        self._mixed_moments: list[Tensor] = []
         self.steps = self.passed = 0
 
     def gradients_(self, grads: Sequence[Tensor]) -> None:
@@ -92,41 +98,77 @@ class Participant:
             lrs: Of that step, for each vector; of all elements, or (d,).
             moments: Of the optimizer and the like, each (n, k), averaged with the same weights, in place.
         """
-        for state, rows in zip(self._states, vectors, strict=True):
-            self._rule.stepped_(state, rows)
         self.steps += 1
+        now = float(self.steps)
+        if self._clock is not None:
+            self._clock.stepped()
+            now = self._clock.now
+        for state, rows in zip(self._states, vectors, strict=True):
+            self._rule.stepped_(state, rows, now)
         if self.steps % self._gossip.every:
             return False
         if self._gossip.exchange == "synchronous":
             self._perform(lambda mixer: self._exchange_(vectors, lrs, moments, mixer))
             return True
-        if self._gossip.exchange == "asynchronous" and self._under_way is not None and not self._under_way.done():
+        if self._gossip.exchange == "asynchronous" and self.is_under_way:
             self.passed += 1
             return False
-        self.settle_(vectors)
+        self.begin_(vectors, lrs, moments)
+        return True
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an exchange is."""
+        return self._under_way is not None and not self._under_way.done()
+
+    def begin_(self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor] = ()) -> None:
+        """Begins an exchange of these as they are now, and first takes in the one before; see `stepped_`."""
+        self.settle_(vectors, moments)
+        if self._clock is not None:
+            self._clock.exchanged()
         self._sent = [_copied(rows, at) for rows, at in _beside(vectors, self._sent)]
         self._mixed = [_copied(rows, at) for rows, at in _beside(vectors, self._mixed)]
-        mixed = self._mixed
-        self._under_way = self._start(lambda: self._perform(lambda mixer: self._exchange_(mixed, lrs, (), mixer)))
-        return True
+        self._sent_moments = [rows.clone() for rows in moments]
+        self._mixed_moments = [rows.clone() for rows in moments]
+        mixed, others = self._mixed, self._mixed_moments
+        self._under_way = self._start(lambda: self._perform(lambda mixer: self._exchange_(mixed, lrs, others, mixer)))
 
     def _exchange_(
         self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor], mixer: Mixer
     ) -> None:
-        for rows, state, lr, correction in zip(vectors, self._states, lrs, self.corrections, strict=True):
-            self._rule.exchange_(state, rows, mixer, lr, correction)
-        if moments:
-            for moment, mixed in zip(moments, mixer.mix(*moments), strict=True):
-                moment.copy_(mixed)
+        with record_function("distopt::exchange"):
+            for rows, state, lr, correction in zip(vectors, self._states, lrs, self.corrections, strict=True):
+                self._rule.exchange_(state, rows, mixer, lr, correction)
+            if moments:
+                for moment, mixed in zip(moments, mixer.mix(*moments), strict=True):
+                    moment.copy_(mixed)
 
-    def settle_(self, vectors: Sequence[Tensor]) -> None:
-        """Waits for an exchange that is under way and takes in, in place, what it has made of what was sent."""
+    def settle_(self, vectors: Sequence[Tensor], moments: Sequence[Tensor] = ()) -> None:
+        """Waits for an exchange that is under way and takes in, in place, what it has made of what was sent.
+
+        What goes with the vectors moves by as much as it has moved there, and no further than to where it came to lie:
+        a variance, say, never becomes negative.
+        """
         if self._under_way is None:
             return
         later, self._under_way = self._under_way, None
-        later.result()
+        with record_function("distopt::wait"):
+            later.result()
         for rows, mixed, sent in zip(vectors, self._mixed, self._sent, strict=True):
             rows.add_(mixed).sub_(sent)
+        for rows, mixed, sent in zip(moments, self._mixed_moments, self._sent_moments, strict=True):
+            least, most = torch.minimum(rows, mixed), torch.maximum(rows, mixed)
+            rows.add_(mixed - sent).clamp_(least, most)
+
+    @property
+    def clock(self) -> float:
+        """The time of this rank, where its rule has one; `settle_` first."""
+        return max(map(self._rule.clock, self._states), default=0.0)
+
+    def level_(self, vectors: Sequence[Tensor], clock: float) -> None:
+        """Brings the vectors, in place, to a time that all ranks have in common."""
+        for state, rows in zip(self._states, vectors, strict=True):
+            self._rule.level_(state, rows, clock)
 
     def regroup_(self, vectors: Sequence[Tensor], around: Surroundings) -> None:
         """Other ranks take part from now on."""
@@ -146,7 +188,8 @@ class Participant:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, shared; `settle_` first."""
         assert self._under_way is None
-        return {"rule": [dict(state) for state in self._states], "steps": self.steps}
+        now = None if self._clock is None else self._clock.now
+        return {"rule": [dict(state) for state in self._states], "steps": self.steps, "clock": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where another was.
@@ -164,6 +207,8 @@ class Participant:
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         self.steps = int(state["steps"])
+        if self._clock is not None:
+            self._clock.now = float(state["clock"])
         self._under_way = None
 
 

@@ -19,21 +19,26 @@ class PushSum(Mixing, name="push-sum"):
     Push for Distributed Deep Learning", ICML 2019, algorithm 1). The sum of the x over the ranks is kept, and on any
     strongly connected graph the z converge to the mean. Where the weights keep the mean by themselves w stays 1, and
     this is D-PSGD.
+
+    Of x, only x - z is remembered: the optimizer's steps between exchanges, which change z and x alike, leave it as it
+    is. In an exchange that overlaps with them, what is under way counts as the sender's until it has arrived.
     """
 
     needs_mean: ClassVar[bool] = False
     can_correct: ClassVar[bool] = True
+    can_overlap: ClassVar[bool] = True
 
     def begin(self, rows: Tensor, around: Surroundings) -> State:
         """See `Mixing.begin`."""
-        return {"weight": torch.ones((len(rows), 1), dtype=torch.float64, device=rows.device), "before": rows.clone()}
+        weight = torch.ones((len(rows), 1), dtype=torch.float64, device=rows.device)
+        return {"weight": weight, "bias": torch.zeros_like(rows)}
 
     def exchange_(
         self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
     ) -> None:
         """See `Mixing.exchange_`. The optimizer's steps since the last exchange count for x as they are, see SGP."""
         weight = state["weight"]
-        biased = state["before"] * weight.to(rows.dtype) + (rows - state["before"])
+        biased = rows + state["bias"]
         if correction is None:
             mixed, pushed = mixer.mix(biased, weight)
             rows.copy_(mixed / pushed.to(mixed.dtype))
@@ -43,4 +48,4 @@ class PushSum(Mixing, name="push-sum"):
             rows.copy_(mixed / pushed.to(mixed.dtype))
             correction.restore_(rows, targets / pushed, (squares / pushed.square()).squeeze(1))
         weight.copy_(pushed)
-        state["before"].copy_(rows)
+        torch.mul(rows, (pushed - 1).to(rows.dtype), out=state["bias"])
