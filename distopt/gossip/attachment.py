@@ -183,7 +183,7 @@ class GossipAttachment:
         _put_back(moments, tensors)
 
     def _catch_up(self, moments: list[Tensor]) -> None:
-        last = self._largest(self._exchange.round + self._participant.is_under_way)
+        last = self._largest(self._exchange.round + self._participant.is_busy())
         self._participant.settle_(self._rows, moments)
         while self._exchange.round < last:
             self._participant.begin_(self._rows, [0.0] * len(self._rows), moments)

@@ -110,15 +110,14 @@ class Participant:
         if self._gossip.exchange == "synchronous":
             self._perform(lambda mixer: self._exchange_(vectors, lrs, moments, mixer))
             return True
-        if self._gossip.exchange == "asynchronous" and self.is_under_way:
+        if self._gossip.exchange == "asynchronous" and self.is_busy():
             self.passed += 1
             return False
         self.begin_(vectors, lrs, moments)
         return True
 
-    @property
-    def is_under_way(self) -> bool:
-        """Whether an exchange is."""
+    def is_busy(self) -> bool:
+        """Whether an exchange is under way."""
         return self._under_way is not None and not self._under_way.done()
 
     def begin_(self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor] = ()) -> None:

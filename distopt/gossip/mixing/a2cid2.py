@@ -70,7 +70,8 @@ class A2CiD2(Mixing, name="a2cid2"):
         state["now"].fill_(now)
 
     def regroup_(self, state: State, rows: Tensor, around: Surroundings) -> None:
-        """See `Mixing.regroup_`."""
+        """See `Mixing.regroup_`: both vectors are the model again; differences whose partners are gone have a mean."""
+        state["difference"].zero_()
         state["constants"].copy_(torch.tensor(self._constants(around), dtype=torch.float64))
 
     def exchange_(

@@ -33,6 +33,11 @@ class PushSum(Mixing, name="push-sum"):
         weight = torch.ones((len(rows), 1), dtype=torch.float64, device=rows.device)
         return {"weight": weight, "bias": torch.zeros_like(rows)}
 
+    def regroup_(self, state: State, rows: Tensor, around: Surroundings) -> None:
+        """See `Mixing.regroup_`: all weights are 1 again, and the mean of these models is kept."""
+        state["weight"].fill_(1.0)
+        state["bias"].zero_()
+
     def exchange_(
         self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
     ) -> None:
