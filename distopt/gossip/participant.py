@@ -99,15 +99,14 @@ class Participant:
             moments: Of the optimizer and the like, each (n, k), averaged with the same weights, in place.
         """
         self.steps += 1
-        now = float(self.steps)
         if self._clock is not None:
             self._clock.stepped()
-            now = self._clock.now
         for state, rows in zip(self._states, vectors, strict=True):
-            self._rule.stepped_(state, rows, now)
+            self._rule.stepped_(state, rows)
         if self.steps % self._gossip.every:
             return False
         if self._gossip.exchange == "synchronous":
+            self._tell_the_time()
             self._perform(lambda mixer: self._exchange_(vectors, lrs, moments, mixer))
             return True
         if self._gossip.exchange == "asynchronous" and self.is_busy():
@@ -116,6 +115,13 @@ class Participant:
         self.begin_(vectors, lrs, moments)
         return True
 
+    def _tell_the_time(self) -> None:
+        if self._clock is not None:
+            self._clock.exchanged()
+        now = float(self.steps) if self._clock is None else self._clock.now
+        for state in self._states:
+            self._rule.at_(state, now)
+
     def is_busy(self) -> bool:
         """Whether an exchange is under way."""
         return self._under_way is not None and not self._under_way.done()
@@ -123,8 +129,7 @@ class Participant:
     def begin_(self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor] = ()) -> None:
         """Begins an exchange of these as they are now, and first takes in the one before; see `stepped_`."""
         self.settle_(vectors, moments)
-        if self._clock is not None:
-            self._clock.exchanged()
+        self._tell_the_time()
         self._sent = [_copied(rows, at) for rows, at in _beside(vectors, self._sent)]
         self._mixed = [_copied(rows, at) for rows, at in _beside(vectors, self._mixed)]
         self._sent_moments = [rows.clone() for rows in moments]

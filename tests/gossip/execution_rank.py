@@ -4,7 +4,6 @@ import time
 
 import torch
 from gossip_rank import batches, flat, make_model, make_optimizer, step
-from torch import nn
 
 from distopt.gossip import Gossip
 
@@ -54,9 +53,12 @@ def waiting_for_nobody(described, steps, lr=0.1, save=None, pace_s=0.002):
     state = attached._participant.state_dict()["rule"][0]
     weight = float(state["weight"]) if "weight" in state else 1.0
     found = {
-        "model": flat(model), "sum": flat(model) + state.get("bias", torch.zeros(1, 1))[0], "weight": weight, "expected": start + moved,
-        "round": attached._exchange.round, **attached.stats(),
-    }  # fmt: skip
+        "sum": flat(model) + state.get("bias", torch.zeros(1, 1))[0],
+        "weight": weight,
+        "expected": start + moved,
+        "round": attached._exchange.round,
+        **attached.stats(),
+    }
     distance = attached.consensus_distance()
     attached.detach()
     return {**found, "distance": distance}

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from distopt.gossip import EdgeList, Gossip, RandomMatchings, Ring
-from distopt.gossip.clock import GradientClock
 
 pytestmark = pytest.mark.job
 

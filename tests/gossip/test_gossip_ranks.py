@@ -15,6 +15,10 @@ HERE = {
     "push-sum": Gossip(
         topology=EdgeList(edges=((0, 1), (1, 2), (2, 3), (3, 0), (0, 2)), directed=True), mixing="push-sum"
     ),
+    "push-sum overlapped": Gossip(
+        topology=EdgeList(edges=((0, 1), (1, 2), (2, 3), (3, 0), (0, 2)), directed=True), mixing="push-sum",
+        exchange="overlapped",
+    ),
     "d-psgd corrected": Gossip(correction="on"),
     "choco corrected": Gossip(
         topology="ring", mixing=Choco(codec=TopKCodec(density=0.5), gamma=0.5), correction="on", every=2

@@ -46,6 +46,8 @@ GOSSIPS = {
     "quasi-global": Gossip(topology="ring", mixing=QuasiGlobalMomentum(beta=0.5), correction="off"),
     "gradient tracking": Gossip(topology="ring", mixing="gradient-tracking"),
     "noloco": Gossip(topology="random-matchings", mixing=NoLoCo(), every=5),
+    "push-sum overlapped": Gossip(topology=DIRECTED, mixing="push-sum", correction="off", exchange="overlapped"),
+    "a2cid2 overlapped": Gossip(topology=RandomMatchings(of=Ring()), mixing=A2CiD2(), exchange="overlapped"),
     "a2cid2": Gossip(topology=RandomMatchings(of=Ring()), mixing=A2CiD2()),
 }
 KEEPS_MEAN = [name for name in GOSSIPS if not name.startswith(("noloco",))]
@@ -83,7 +85,7 @@ def test_without_gradients_all_agree_on_the_mean(name):
         np.testing.assert_allclose(rows[-1].mean(0), START.mean(0), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in KEEPS_MEAN if name != "push-sum"])
+@pytest.mark.parametrize("name", [name for name in KEEPS_MEAN if not name.startswith("push-sum")])
 def test_the_mean_is_that_of_all_updates_to_1e_12(name):
     """Exchanges change no mean: it moves by the optimizer's steps alone."""
     gossip, moved = GOSSIPS[name], []
@@ -136,6 +138,23 @@ def test_push_sum_takes_gradients_at_the_ratio_and_keeps_the_sum():
         x = push @ (x - LR * gradient(x / w))
         w = push @ w
         np.testing.assert_allclose(found, x / w, rtol=0, atol=1e-13)
+    assert not np.allclose(w, 1)
+
+
+def test_what_is_under_way_in_push_sum_counts_as_the_sender_s():
+    """`x <- x + (P - I) x_sent - lr g(z)`, likewise w, and z moves by what x moved while it was sent."""
+    gossip, push = GOSSIPS["push-sum overlapped"], weights(GOSSIPS["push-sum overlapped"])
+    found = run(gossip, 6)
+    x, w, z, updates = START, np.ones((NODES, 1)), START, np.zeros_like(START)
+    for number in range(6):
+        step = -LR * gradient(z)
+        sent, x, z = x, x + step, z + step
+        updates = updates + step
+        if number:
+            x, w = push @ sent + step, push @ w
+            z = push @ sent / w + step
+        np.testing.assert_allclose(found[number], z, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(x.sum(0), (START + updates).sum(0), rtol=0, atol=1e-12)
     assert not np.allclose(w, 1)
 
 
@@ -218,6 +237,22 @@ def test_a2cid2_s_oracle():
         m = 2 * (x - weights(gossip, number) @ x)
         x, copy = x - m / 2, copy - alpha * m
         np.testing.assert_allclose(found, x, rtol=0, atol=1e-12)
+
+
+def test_overlapped_a2cid2_flows_before_it_sends_and_takes_in_what_came_of_that():
+    gossip = GOSSIPS["a2cid2 overlapped"]
+    eta, alpha = gossip.rule.begin(torch.zeros(1, 1), gossip.surroundings(NODES))["constants"].tolist()
+    found = run(gossip, 8)
+    x = copy = START
+    for number in range(8):
+        step = LR * gradient(x)
+        if number:
+            e = math.exp(-2 * eta)
+            sx, sy = ((1 + e) * x + (1 - e) * copy) / 2, ((1 - e) * x + (1 + e) * copy) / 2
+            m = 2 * (sx - weights(gossip, number - 1) @ sx)
+            x, copy = sx - m / 2, copy + (sy - alpha * m - copy)
+        x, copy = x - step, copy - step
+        np.testing.assert_allclose(found[number], x, rtol=0, atol=1e-12)
 
 
 def test_a2cid2_agrees_sooner_on_a_ring_at_equal_messages():

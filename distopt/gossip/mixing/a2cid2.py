@@ -65,8 +65,8 @@ class A2CiD2(Mixing, name="a2cid2"):
             "constants": torch.tensor(self._constants(around), dtype=torch.float64),
         }
 
-    def stepped_(self, state: State, rows: Tensor, now: float) -> None:
-        """See `Mixing.stepped_`."""
+    def at_(self, state: State, now: float) -> None:
+        """See `Mixing.at_`."""
         state["now"].fill_(now)
 
     def regroup_(self, state: State, rows: Tensor, around: Surroundings) -> None:

@@ -39,7 +39,7 @@ class QuasiGlobalMomentum(Mixing, name="quasi-global-momentum"):
         """See `Mixing.gradient_`."""
         grads.add_(state["momentum"], alpha=self.beta)
 
-    def stepped_(self, state: State, rows: Tensor, now: float) -> None:
+    def stepped_(self, state: State, rows: Tensor) -> None:
         """See `Mixing.stepped_`."""
         state["steps"] += 1
 

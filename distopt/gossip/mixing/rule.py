@@ -40,7 +40,7 @@ class Mixing(Configurable, tag="mixing"):
         needs_mean: Whether the weights themselves must keep the mean.
         can_correct: Whether its averages may be variance-corrected.
         can_overlap: Whether an exchange may change the rows by what it would have done to older ones, while the
-            optimizer changes them further. Its state is then the exchange's own: `stepped_` may set a clock there.
+            optimizer changes them further. Its state is then the exchange's own.
         replaces_momentum: Whether the optimizer must be SGD without momentum, because the rule has its own.
     """
 
@@ -59,14 +59,11 @@ class Mixing(Configurable, tag="mixing"):
     def gradient_(self, state: State, grads: Tensor) -> None:
         """Makes of the gradients (n, d), in place, what the optimizer takes; called in every step, before it."""
 
-    def stepped_(self, state: State, rows: Tensor, now: float) -> None:
-        """The optimizer has taken a step to `rows`; called in every step.
+    def stepped_(self, state: State, rows: Tensor) -> None:
+        """The optimizer has taken a step to `rows`; called in every step."""
 
-        Args:
-            state: See `exchange_`.
-            rows: (n, d).
-            now: The time, in units of that of a gradient; the number of steps where all ranks go in step.
-        """
+    def at_(self, state: State, now: float) -> None:
+        """An exchange begins at this time, in units of that of a gradient; in steps where all ranks go in step."""
 
     def clock(self, state: State) -> float:
         """The time of a rank, for rules that have one; see `level_`."""
