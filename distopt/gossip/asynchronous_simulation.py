@@ -2,7 +2,7 @@
 
 Nabli, Belilovsky and Oyallon, "A2CiD2: Accelerating Asynchronous Communication in Decentralized Deep Learning", NeurIPS
 2023, algorithm 1, and plain asynchronous gossip, which is the same without the second vector. Real ranks use
-`Gossip(mixing="a2cid2")`, which counts time in steps.
+`Gossip(mixing="a2cid2", exchange="asynchronous")`.
 """
 
 from collections.abc import Callable, Mapping

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from distopt.errors import StateMismatchError
-from distopt.gossip.clock import GradientClock
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.correction import Correction, Segment
+from distopt.gossip.gradient_clock import GradientClock
 from distopt.gossip.mixing.mixer import Mixer
 from distopt.gossip.mixing.rule import State, Surroundings
 

@@ -16,7 +16,8 @@ HERE = {
         topology=EdgeList(edges=((0, 1), (1, 2), (2, 3), (3, 0), (0, 2)), directed=True), mixing="push-sum"
     ),
     "push-sum overlapped": Gossip(
-        topology=EdgeList(edges=((0, 1), (1, 2), (2, 3), (3, 0), (0, 2)), directed=True), mixing="push-sum",
+        topology=EdgeList(edges=((0, 1), (1, 2), (2, 3), (3, 0), (0, 2)), directed=True),
+        mixing="push-sum",
         exchange="overlapped",
     ),
     "d-psgd corrected": Gossip(correction="on"),

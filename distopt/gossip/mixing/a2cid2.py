@@ -26,11 +26,12 @@ def constants(laplacian: np.ndarray) -> tuple[float, float]:
     return 1 / (2 * math.sqrt(chi1 * chi2)), math.sqrt(chi1 / chi2) / 2
 
 
-def flow_(rows: Tensor, difference: Tensor, exponent: Tensor) -> None:
-    """Both vectors move towards each other, in place; (n, d), (n, d) and, `2 eta dt` of each row, (n, 1)."""
-    lost = -torch.expm1(-exponent).to(rows.dtype)
-    rows.addcmul_(difference, lost, value=0.5)
-    difference.mul_(1 - lost)
+def flow_(rows: Tensor, copies: Tensor, eta: float, time: float) -> None:
+    """Both vectors move towards each other, in place, for so long."""
+    toward = -math.expm1(-2 * eta * time) / 2
+    difference = (copies - rows).mul_(toward)
+    rows.add_(difference)
+    copies.sub_(difference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,10 @@ class A2CiD2(Mixing, name="a2cid2"):
         self._flow_until_(state, rows, torch.full_like(state["now"], clock))
 
     def _flow_until_(self, state: State, rows: Tensor, time: Tensor) -> None:
-        flow_(rows, state["difference"], 2 * float(state["constants"][0]) * (time - state["flowed"]))
+        eta, difference = float(state["constants"][0]), state["difference"]
+        lost = -torch.expm1(-2 * eta * (time - state["flowed"])).to(rows.dtype)
+        rows.addcmul_(difference, lost, value=0.5)
+        difference.mul_(1 - lost)
         state["ahead"].copy_(time - state["now"])
         state["flowed"].copy_(time)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distopt.gossip.clock import GradientClock
+from distopt.gossip.gradient_clock import GradientClock
 
 
 def run(seconds, every=1, exchanges=()):
