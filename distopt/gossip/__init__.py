@@ -17,6 +17,7 @@ from distopt.gossip.mixing import (
     QuasiGlobalMomentum,
 )
 from distopt.gossip.node_batches import NodeBatches
+from distopt.gossip.optimal_rates import optimal_edge_rates
 from distopt.gossip.simulation import GossipHistory, simulate
 from distopt.gossip.tensorboard import TensorBoard
 from distopt.gossip.topologies import (
@@ -71,6 +72,7 @@ __all__ = [
     "Weighted",
     "describe",
     "edge_rates",
+    "optimal_edge_rates",
     "simulate",
     "simulate_dadao",
     "variance_corrected",

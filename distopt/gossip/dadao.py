@@ -182,7 +182,8 @@ class DadaoHistory:
     Attributes:
         gradients: By all nodes, at each look.
         messages: Edges used so far, at each look.
-        errors: Sum over nodes of the squared distance of x to `solution`, at each look.
+        errors: Sum over nodes of the squared distance of x to `solution`, or to their mean if that is unknown, at each
+            look.
         nodes: (n, d), the last x.
     """
 
@@ -199,8 +200,8 @@ def simulate_dadao(
     smoothness: float,
     strong_convexity: float,
     topology: Topology | str,
-    solution: Tensor,
     num_gradients: int,
+    solution: Tensor | None = None,
     look_every: int = 1000,
     rates: Mapping[Edge, float] | None = None,
     seed: int = 0,
@@ -208,15 +209,16 @@ def simulate_dadao(
     """Runs DADAO on nodes in this process, with Poisson clocks: a gradient per node and unit of time, and the edges'.
 
     Args:
-        gradient: `gradient(node, x)`, (d,) float64.
+        gradient: `gradient(node, x)`, (d,) float64: of the node's own function, any that is smooth and strongly convex;
+            with a loss at hand, `torch.func.grad` makes one.
         start: (n, d) float64.
         smoothness: L of every node's function.
         strong_convexity: mu of every node's function.
         topology: Undirected, the same in every round.
-        solution: (d,), where the sum of the functions is least.
         num_gradients: By all nodes together.
+        solution: (d,), where the sum of the functions is least, if that is known: for the errors of the history.
         look_every: In gradients.
-        rates: Of the edges, relative to each other.
+        rates: Of the edges, relative to each other; see `optimal_edge_rates`.
         seed: Of the clocks.
 
     Raises:
@@ -237,7 +239,8 @@ def simulate_dadao(
     def look() -> None:
         history.gradients.append(gradients)
         history.messages.append(messages)
-        history.errors.append(float(sum((node.vectors[_X] - solution).square().sum() for node in nodes)))
+        rows = torch.stack([node.vectors[_X] for node in nodes])
+        history.errors.append(float((rows - (rows.mean(0) if solution is None else solution)).square().sum()))
 
     look()
     while gradients < num_gradients:

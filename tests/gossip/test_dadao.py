@@ -100,6 +100,27 @@ def test_it_converges_linearly_to_the_floor():
     assert torch.equal(again.nodes, simulate_dadao(**problem, topology="ring", num_gradients=300, seed=1).nodes)
 
 
+def test_a_user_s_own_problem_whose_solution_nobody_knows():
+    """Logistic regression with a ridge, gradients by torch: no gradient is left at the end, and no disagreement."""
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 20, 3, generator=random, dtype=torch.float64)
+    labels = torch.where(torch.rand(4, 20, generator=random) < 0.5, 1.0, -1.0).double()
+    convexity = 0.5
+
+    def loss(x, node):
+        return torch.nn.functional.softplus(-labels[node] * (features[node] @ x)).mean() + convexity / 2 * x @ x
+
+    gradient = torch.func.grad(loss)
+    smoothness = convexity + max(float(torch.linalg.matrix_norm(each, 2)) ** 2 for each in features) / 80
+    found = simulate_dadao(
+        lambda node, x: gradient(x, node), start=torch.zeros(4, 3), smoothness=smoothness, strong_convexity=convexity,
+        topology="ring", num_gradients=3000,
+    )  # fmt: skip
+    assert found.errors[-1] < 1e-12
+    left = sum(gradient(found.nodes.mean(0), node) for node in range(4)) / 4
+    assert left.norm() < 1e-6 < sum(gradient(found.nodes[0] * 0, node) for node in range(4)).norm()
+
+
 def test_bad_input():
     problem = ridge(4, 2, 10)
     with pytest.raises(ConfigError, match=r"same graph in every round, got 'one-peer-exponential'; use 'ring'"):
