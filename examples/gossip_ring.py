@@ -8,7 +8,7 @@ or without torchrun, whose agent would end all ranks with the first that dies: o
 
     MASTER_ADDR=192.0.2.1 MASTER_PORT=29500 WORLD_SIZE=4 RANK=0 python examples/gossip_ring.py     # and RANK=1 to 3
 
-Each rank starts from weights of its own (--initial same: all from rank 0's) and sees its own part of the images:
+Each rank starts from weights of its own (--initial same: all from the same) and sees its own part of the images:
 Fashion-MNIST where Debian's package dataset-fashion-mnist is installed, else scikit-learn's digits. With --checkpoints
 FOLDER it goes on where it stopped. With --non-iid ALPHA ranks have different labels, the smaller the more so.
 """
@@ -37,7 +37,7 @@ parser.add_argument("--mixing", default="d-psgd", help="d-psgd, push-sum, choco,
 parser.add_argument("--correction", default="auto", choices=["off", "on", "auto"], help="of the averages' variance")
 parser.add_argument("--every", type=int, default=1, help="steps from one exchange to the next")
 parser.add_argument("--exchange", default="synchronous", choices=["synchronous", "overlapped", "asynchronous"])
-parser.add_argument("--initial", default="different", choices=["different", "same"], help="the ranks' first weights")
+parser.add_argument("--initial", choices=["different", "same"], help="weights; default: different if corrected")
 parser.add_argument("--non-iid", type=float, metavar="ALPHA", help="labels by a Dirichlet distribution: 0.1 is harsh")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--look-every", type=int, default=50, help="steps between two evaluations and checkpoints")
@@ -52,17 +52,18 @@ partition = IIDPartition() if options.non_iid is None else DirichletPartition(al
 parts = partition.split(data.train_labels, ranks, options.seed)
 batches = NodeBatches((data.train_images, data.train_labels), parts, options.batch_size, options.seed)
 
-torch.manual_seed(options.seed + (rank if options.initial == "different" else 0))
-width, classes = data.train_images[0].numel(), data.num_classes
-model = nn.Sequential(
-    nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, classes)
-)
-momentum = 0.0 if options.mixing in ("quasi-global-momentum", "gradient-tracking") else 0.9  # which have their own
-optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=momentum, weight_decay=1e-4)
 gossip = distopt.Gossip(
     topology=options.topology, mixing=options.mixing, correction=options.correction, every=options.every,
     exchange=options.exchange,
 )  # fmt: skip
+initial = options.initial or ("different" if gossip.corrects else "same")
+torch.manual_seed(options.seed + (rank if initial == "different" else 0))
+width = data.train_images[0].numel()
+model = nn.Sequential(
+    nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, data.num_classes)
+)
+momentum = 0.0 if options.mixing in ("quasi-global-momentum", "gradient-tracking") else 0.9  # which have their own
+optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=momentum, weight_decay=1e-4)
 attached = gossip.attach(model, optimizer)  # <- distopt
 
 

@@ -1,5 +1,6 @@
 """No all-reduce and no coordinator: average with neighbours only."""
 
+from distopt.gossip.asynchronous_simulation import AsynchronousHistory, simulate_asynchronous
 from distopt.gossip.attachment import GossipAttachment
 from distopt.gossip.codec import Codec, SignCodec, TopKCodec
 from distopt.gossip.configuration import Gossip
@@ -40,6 +41,7 @@ from distopt.gossip.variance import variance_corrected
 __all__ = [
     "DPSGD",
     "A2CiD2",
+    "AsynchronousHistory",
     "Choco",
     "Codec",
     "Complete",
@@ -74,6 +76,7 @@ __all__ = [
     "edge_rates",
     "optimal_edge_rates",
     "simulate",
+    "simulate_asynchronous",
     "simulate_dadao",
     "variance_corrected",
 ]
