@@ -1,0 +1,158 @@
+"""What an attached model's memory looks like to the user: views of one vector, saved, loaded, copied and moved."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from distopt.errors import CompatibilityError
+from distopt.gossip import Gossip
+
+
+class Words(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.words = nn.Embedding(50, 8, sparse=sparse)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.words(x).mean(1))
+
+
+def make(*, sparse=None, **settings):
+    """A model, its optimizer and a lone rank's attachment; a step goes through all of an exchange."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)) if sparse is None else Words(sparse)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, Gossip(**settings).attach(model, optimizer)
+
+
+def step(model, optimizer):
+    inputs = torch.randint(50, (4, 5)) if isinstance(model, Words) else torch.randn(4, 6)
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def storages(model):
+    return len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+
+
+def test_a_saved_model_is_as_large_as_before_and_loads_anywhere():
+    model, _, attached = make()
+    plain = len(saved(copy.deepcopy(model).state_dict()))
+    whole = saved(model.state_dict())
+    assert storages(model) == 1
+    assert len(whole) <= plain
+    other = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3))
+    other.load_state_dict(torch.load(io.BytesIO(whole), weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    # A part of the model brings the whole vector with it, unless it is cloned: see the docs.
+    part = model[2].state_dict()
+    cloned = {name: tensor.clone() for name, tensor in part.items()}
+    assert len(saved(part)) > 1.5 * len(saved(cloned))
+    attached.detach()
+    assert storages(model) == 4
+    assert len(saved(model[2].state_dict())) < 1.1 * len(saved(cloned))
+
+
+def test_what_is_loaded_goes_into_the_views():
+    model, _, attached = make()
+    state = {name: torch.full_like(tensor, 2.0) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert attached.stats()["views"]
+    assert torch.equal(attached._vectors[0].vector, torch.full_like(attached._vectors[0].vector, 2.0))
+    attached.detach()
+
+
+def test_a_copy_has_memory_of_its_own():
+    model, optimizer, attached = make()
+    other = copy.deepcopy(model)
+    before = [parameter.clone() for parameter in other.parameters()]
+    step(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    assert storages(other) == 4
+    attached.detach()
+
+
+def test_parameters_whose_memory_was_replaced_are_copied_and_stats_say_so():
+    model, optimizer, attached = make()
+    model[0].weight.data = torch.zeros(64, 6)
+    step(model, optimizer)
+    assert not attached.stats()["views"]
+    assert torch.equal(attached._vectors[0].vector[0, : 64 * 6].view(64, 6), model[0].weight)
+    attached.detach()
+
+
+def test_a_model_of_another_dtype_than_at_attach_is_refused():
+    model, optimizer, attached = make()
+    model.double()
+    model(torch.randn(4, 6).double()).sum().backward()
+    with pytest.raises(CompatibilityError, match=r"got '0.weight' of torch.float64 .* move it first, then attach"):
+        optimizer.step()
+    attached._release()
+
+
+@pytest.mark.parametrize("how", ["added", "thawed"])
+def test_parameters_that_are_trained_later_are_refused(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = Gossip().attach(model, optimizer)
+    frozen = model[0].weight.clone()
+    step(model, optimizer)
+    assert torch.equal(model[0].weight, frozen)
+    if how == "added":
+        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    else:
+        model[0].requires_grad_(True)
+    with pytest.raises(CompatibilityError, match=r"parameters that it had at attach.*detach, and attach again"):
+        step(model, optimizer)
+    attached.detach()
+    attached = Gossip().attach(model, optimizer)
+    step(model, optimizer)
+    attached.detach()
+
+
+def test_sparse_gradients_are_taken_where_nothing_needs_them_dense():
+    model, optimizer, attached = make(sparse=True)
+    before = model.words.weight.clone()
+    step(model, optimizer)
+    assert model.words.weight.grad.is_sparse
+    assert not torch.equal(model.words.weight, before)
+    attached.detach()
+    model, optimizer, attached = make(sparse=True, mixing="gradient-tracking", topology="ring")
+    with pytest.raises(
+        CompatibilityError, match=r"dense ones, got that of 'words.weight' .*sparse=False, or use mixing"
+    ):
+        step(model, optimizer)
+    attached.detach()
+
+
+def test_a_fused_optimizer_unscales_too_late_for_rules_that_change_gradients():
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    gossip = Gossip(topology="ring", mixing="quasi-global-momentum")
+    with pytest.raises(CompatibilityError, match=r"got a fused SGD with a scaler, .*use fused=False"):
+        gossip.attach(model, optimizer, scaler=torch.amp.GradScaler("cpu"))
+
+
+def test_the_ratio_is_in_the_numbers_where_something_is_corrected():
+    model, optimizer, attached = make(correction="on")
+    assert attached.stats()["variance_ratio"] is None
+    step(model, optimizer)
+    assert attached.stats()["variance_ratio"] == 1.0  # a lone rank loses nothing
+    attached.detach()
+    model, optimizer, attached = make(correction="off")
+    step(model, optimizer)
+    assert attached.stats()["variance_ratio"] is None
+    attached.detach()
