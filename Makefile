@@ -19,6 +19,7 @@ BIN := $(VENV)/bin
 FLOWER := $(VENV)-flower/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
+comma := ,
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
 .PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi setup-flower test-flower
@@ -34,7 +35,7 @@ test: setup  ## the tests that every change must pass (a few minutes)
 	$(BIN)/python -m pytest -m "not slow and not job" -n $(WORKERS) --dist loadfile
 
 test-jobs: setup  ## whole jobs under torchrun, mpirun and across network namespaces, faults among them; and builds
-	$(BIN)/python -m pytest -m "job and not slow"
+	$(BIN)/python -m pytest -m "job and not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: setup setup-flower  ## the full-length tests, those in Flower's environment among them
 	$(BIN)/python -m pytest -m slow
@@ -46,10 +47,10 @@ test-native:  ## the kernels' C++ tests, without torch: NATIVE="plain asan tsan 
 fuzz:  ## arbitrary bytes as tensors, sizes and tables for the kernels: RUNS=10000; needs clang-14 and its libFuzzer
 	$(MAKE) -C tests/native fuzz
 
-test-cuda-logic:  ## the CUDA kernels played on the CPU: results, accesses outside buffers, missing barriers
-	bash tests/native/cuda_logic.sh address,undefined 40
-	bash tests/native/cuda_logic.sh thread 40
-	bash tests/native/cuda_logic.sh "" 40
+test-cuda-logic: $(addprefix cuda-logic-,address$(comma)undefined thread none)  ## the CUDA kernels played on the CPU: results, accesses outside buffers, missing barriers
+
+cuda-logic-%:
+	bash tests/native/cuda_logic.sh "$(filter-out none,$*)" 40
 
 gpu:  ## on a machine with a CUDA torch and nvcc: build, run the gpu tests, also under compute-sanitizer, and measure
 	PYTHON=$(if $(filter command environment,$(origin PYTHON)),$(PYTHON)) bash .ci/gpu
