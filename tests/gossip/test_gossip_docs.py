@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distopt.config import Configurable
-from distopt.gossip import Codec, Gossip, Mixing, RandomMatchings, Ring, Topology
+from distopt.gossip import Codec, Gossip, Mixing, RandomMatchings, Ring, Topology, describe
 from distopt.gossip.simulated_mixer import SimulatedExchange
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -97,6 +97,19 @@ def test_what_the_table_of_algorithms_says_is_so(mixing):
     messages = sum(len(gossip.graphs.graph(nodes).receivers(rank)) for rank in range(nodes))
     if mixing.name != "choco":
         assert sent.startswith(f"{round(exchange.bytes_sent / messages / (8 * width))} model")
+
+
+def test_the_numbers_of_topologies_are_those_that_the_command_prints():
+    shown = [[cell.strip("`") for cell in cells] for cells in rows(TOPOLOGIES) if len(cells) == 9][1:]
+    assert {cells[0] for cells in shown} == set(Topology._known) - {"edges", "weights"}
+    for name, _, _, gap, chi1, chi2, left, _, exact in shown:
+        found = describe(Topology.from_dict({"topology": name}), 16)
+        printed = [f"{found.spectral_gap:.4g}", *(f"{each:.4g}" if each else "" for each in (found.chi1, found.chi2))]
+        assert [gap, chi1, chi2, left, exact] == [
+            *printed,
+            str(found.rounds_to_consensus),
+            str(found.exact_after or ""),
+        ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
