@@ -69,7 +69,7 @@ def waiting_for_nobody(described, steps, lr=0.1, save=None, pace_s=0.002):
     return {**found, "distance": distance}
 
 
-# -- loops that users have ----------------------------------------------------------------------------------------------
+# -- loops that users have --------------------------------------------------------------------------------------------
 
 LOOPS = ("accumulation", "clipping", "scheduler", "scaler", "scaler overlapped", "compiled", "Adam")
 
