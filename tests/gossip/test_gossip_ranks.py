@@ -36,7 +36,7 @@ def simulated(gossip, momentum):
         steps=STEPS,
         optimizer=lambda parameters: gossip_rank.make_optimizer(parameters, momentum),
         evaluate_every=STEPS,
-    ).models
+    )
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -46,11 +46,15 @@ def test_ranks_make_what_the_simulation_makes(ranks, name):
     found = ranks(SIZE)(gossip_rank.trained, gossip.to_dict(), STEPS, momentum)
     expected = simulated(gossip, momentum)
     for rank, (model, stats) in enumerate(found):
-        torch.testing.assert_close(model, expected[rank], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(model, expected.models[rank], rtol=1e-9, atol=1e-11)
         assert stats["members"] == list(range(SIZE))
         assert stats["steps"] == STEPS
         assert stats["exchanges"] == STEPS // gossip.every
         assert not stats["lost"]
+    ratios = [stats["variance_ratio"] for _, stats in found]
+    if gossip.correction == "on":
+        assert min(ratios) == pytest.approx(expected.rows[-1]["variance_ratio"], rel=1e-9)
+        assert min(ratios) < 1
     assert len({model.numpy().tobytes() for model, _ in found}) > 1 or name == "d-psgd corrected"
 
 

@@ -319,12 +319,28 @@ def test_every_rule_that_can_correct_does(mixing):
     assert found["on"] == pytest.approx(1.0, rel=0.25)
 
 
+def test_choco_corrects_the_rows_and_not_what_others_know_of_them():
+    start = np.random.default_rng(5).standard_normal((8, 2000))
+    rows, gamma = torch.tensor(start), 0.7
+    gossip = Gossip(topology="ring", mixing=Choco(codec=TopKCodec(density=1.0), gamma=gamma), correction="on")
+    exchange = SimulatedExchange(gossip.graphs, 8, rows.device)
+    segments = [Segment("weight", 0, 2000, 2)]
+    node = Participant(gossip, gossip.surroundings(8), [rows], [segments], exchange.perform)
+    node.stepped_([rows], [0.0])
+    plain = rows.numpy() + gamma * (weights(gossip, size=8) @ start - start)
+    node.stepped_([rows], [0.0])
+    known = node.state_dict()["rule"][0]["known"].numpy()
+    np.testing.assert_allclose(known, plain, rtol=0, atol=1e-6)  # values travel as float32
+    assert (rows.numpy().var(1) > 1.2 * known.var(1)).all()
+
+
 def test_push_sum_s_correction_has_the_variances_of_the_ratios():
     start = np.random.default_rng(6).standard_normal((NODES, 4000))
     segments = [Segment("weight", 0, 4000, 2)]
     gossip = Gossip(topology=DIRECTED, mixing="push-sum", correction="on")
-    rows = run(gossip, 1, start=start, grad=np.zeros_like, segments=segments)[-1]
-    np.testing.assert_allclose(rows.var(1), 1.0, rtol=0.12)
+    rows = run(gossip, 3, start=start, grad=np.zeros_like, segments=segments)
+    np.testing.assert_allclose(rows[0].var(1), 1.0, rtol=0.12)
+    np.testing.assert_allclose(rows[2].var(1), 1.0, rtol=0.12)  # now that weights differ, and x is not z
 
 
 def test_what_cannot_be_combined_is_refused():

@@ -7,6 +7,7 @@ import torch
 
 from distopt.errors import ConfigError
 from distopt.gossip import variance_corrected
+from distopt.gossip.variance import respread_factors, row_variances
 
 
 def drawn(count, *shape, seed=0, dtype=torch.float64, scale=1.0, shift=0.0):
@@ -60,6 +61,8 @@ def test_equal_tensors_are_left_alone():
 def test_tensors_without_spread_are_averaged(tensor):
     out = variance_corrected([tensor, tensor])
     assert torch.equal(out, tensor)
+    factors, ratio = respread_factors(tensor.view(1, -1), row_variances(tensor.view(1, -1)), 0.5)
+    assert (float(factors), float(ratio)) == (1.0, 1.0)  # and not 0/0
 
 
 def test_opposite_tensors_do_not_blow_rounding_up():
