@@ -324,7 +324,7 @@ def describe_topology(
     ] = None,
     ranks: Annotated[
         int | None,
-        Option(min=1, help="Ranks of the job. Default: as many as --edges has, else 8.", show_default=False),
+        Option(min=1, max=4096, help="Ranks of the job. Default: as many as --edges has, else 8.", show_default=False),
     ] = None,
     option: Annotated[
         list[str] | None,

@@ -228,7 +228,11 @@ def single(each: Answer, question: Question) -> Table:
         ("spectral gap", f"{d.spectral_gap:.6g}", "part of the disagreement that a round takes away in the long run"),
         ("chi1", _number(d.chi1), "of ranks that each meet a neighbour per step: the time that plain gossip needs"),
         ("chi2", _number(d.chi2), f"A2CiD2 needs sqrt(chi1 chi2): {_number(_accelerated(d))}"),
-        ("rounds to consensus", _count(d.rounds_to_consensus), "until a thousandth of the disagreement is left"),
+        (
+            "rounds to consensus",
+            _count(d.rounds_to_consensus),
+            "until a thousandth of the disagreement is left; - is beyond 100,000",
+        ),
         ("bytes to consensus", _bytes(_to_agree(d)), "that the busiest rank sends until then"),
         ("exact after", _count(d.exact_after), "rounds, whatever the ranks had; - is never"),
     ):
