@@ -1,7 +1,8 @@
 """The configuration is the algorithm: frozen dataclasses that check themselves, and their form as plain JSON.
 
 An algorithm is written `{"algorithm": "dgc", "density": 0.001}`, a part of it (a warm-up, say) with a tag of its own:
-`{"schedule": "paper", "stage": 500}`. Unknown names and keys are errors that list the known ones.
+`{"schedule": "paper", "stage": 500}`, or as a name alone where its defaults will do. Unknown names and keys are errors
+that list the known ones.
 """
 
 import dataclasses
@@ -126,6 +127,8 @@ def _to_plain(value: Any) -> Any:
 
 def _from_plain(value: Any, field: dataclasses.Field[Any]) -> Any:
     kind: type[Configurable] | None = field.metadata.get("configurable")
+    if kind is not None and isinstance(value, str):  # a name stands for the thing with its defaults
+        return kind.from_dict({kind.tag: value})
     if kind is not None and isinstance(value, Mapping):
         return kind.from_dict(value)
     return tuple(value) if isinstance(value, list) else value

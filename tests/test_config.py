@@ -606,6 +606,13 @@ def test_a_part_is_made_from_its_own_mapping():
         from_config({"algorithm": "topk", "warmup": {"schedule": "linear"}})
 
 
+def test_a_part_s_name_stands_for_it_with_its_defaults():
+    named = from_config({"algorithm": "gossip", "topology": {"topology": "random-matchings", "of": "ring"}})
+    assert named == Gossip(topology=RandomMatchings(of=Ring()))
+    with pytest.raises(ConfigError, match=r"'schedule' must be one of .*, got 'papr'; perhaps 'paper' is meant"):
+        from_config({"algorithm": "topk", "warmup": "papr"})
+
+
 def test_a_missing_key_is_named():
     with pytest.raises(ConfigError, match=r"schedule 'list':.*'densities'; add the missing key"):
         Schedule.from_dict({"schedule": "list"})

@@ -136,7 +136,7 @@ def _settings(names: Sequence[str]) -> dict[str, set[str]]:
 
 
 def _option(given: str) -> tuple[str, Any]:
-    """("rows", 2) of "rows=2"; what is not JSON is text, and a topology's name stands for it with its defaults."""
+    """("rows", 2) of "rows=2"; what is not JSON is text."""
     key, equals, text = given.partition("=")
     if not (key and equals):
         raise ConfigError(f"--option must be key=value, got {given!r}; write --option rows=2, say")
@@ -146,7 +146,7 @@ def _option(given: str) -> tuple[str, Any]:
         value = text
     if isinstance(value, list):
         value = tuple(tuple(each) if isinstance(each, list) else each for each in value)
-    return key, {"topology": value} if value in Topology._known else value
+    return key, value
 
 
 def read_edges(path: Path) -> tuple[tuple[int, int], ...]:
