@@ -7,6 +7,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,7 +22,7 @@ from distopt.gossip.configuration import Gossip
 from distopt.gossip.flat import group, trained
 from distopt.gossip.mixing.rule import Mixing
 from distopt.gossip.participant import AtOnce, Participant
-from distopt.gossip.ranks.background import Background
+from distopt.gossip.ranks.background import Background, streams_of
 from distopt.gossip.ranks.crew import Address, Assembly, Crew
 from distopt.gossip.ranks.exchange import Exchange
 from distopt.version import __version__
@@ -72,7 +73,7 @@ class GossipAttachment:
             self._rows,
             [each.segments for each in self._vectors],
             self._exchange.perform,
-            AtOnce if algorithm.exchange == "synchronous" else Background,
+            AtOnce if algorithm.exchange == "synchronous" else partial(Background, streams=streams_of(self._rows)),
         )
         if crew.new:
             self._regroup(crew)

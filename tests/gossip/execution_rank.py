@@ -212,3 +212,19 @@ def traced(path):
         for each in events
         if each.get("name") in ("compute", "distopt::exchange", "distopt::wait") and "dur" in each
     }
+
+
+def on_the_gpu(described, steps):
+    """Parameters that a rank has on the GPU, in a stream of its own, and on the CPU: the same, up to rounding."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    given, found = batches(size), []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(rank)
+        model = make_model().to(device)
+        optimizer = make_optimizer(model.parameters(), 0.5)
+        with torch.cuda.stream(torch.cuda.Stream()), Gossip.from_dict(described).attach(model, optimizer) as attached:
+            for number in range(steps):
+                step(model, optimizer, [each.to(device) for each in given.of(rank, number)])
+            attached.flush()
+            found.append(flat(model).cpu())
+    return found

@@ -2,6 +2,7 @@
 
 import execution_rank
 import pytest
+import torch
 
 from distopt.gossip import Gossip
 
@@ -51,3 +52,14 @@ def test_a_trace_shows_the_exchange_beside_the_computation(ranks, tmp_path):
     assert exchange[0] != compute[0] == wait[0]  # another thread
     assert exchange[1] < compute[1] < compute[2] < exchange[2]
     assert compute[2] < wait[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mixing", ["d-psgd", "push-sum", "a2cid2"])
+@pytest.mark.parametrize("exchange", ["synchronous", "overlapped"])
+def test_models_on_the_gpu_are_staged_through_the_host(ranks, mixing, exchange):
+    topology = "random-matchings" if mixing == "a2cid2" else "ring"
+    gossip = Gossip(topology=topology, mixing=mixing, correction="off", exchange=exchange)
+    for host, device in ranks(2)(execution_rank.on_the_gpu, gossip.to_dict(), 20):
+        torch.testing.assert_close(device, host, rtol=1e-6, atol=1e-8)

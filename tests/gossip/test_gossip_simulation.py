@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distopt.errors import CompatibilityError, ConfigError
-from distopt.gossip import Gossip, NodeBatches, simulate
+from distopt.gossip import Gossip, NodeBatches, simulate, simulation
 
 NODES = 6
 
@@ -67,6 +67,35 @@ def test_a_model_that_vmap_cannot_compute_is_computed_node_by_node(caplog):
     assert "node by node" in caplog.text
     model = Counts()
     assert found.models.shape == (NODES, sum(p.numel() for p in model.parameters()))
+
+
+def test_256_nodes_at_once_are_what_they_are_one_by_one(monkeypatch):
+    inputs = torch.randn(1024, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = (inputs[:, 0] > 0).long()
+    given = NodeBatches((inputs, labels), np.array_split(np.arange(1024), 256), 4)
+    settings = {"batches": given, "steps": 2, "evaluate": None}
+    at_once = run(Gossip(), **settings)
+    assert at_once.models.shape[0] == 256
+
+    def fails(*_, **__):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(simulation, "vmap", fails)
+    torch.testing.assert_close(run(Gossip(), **settings).models, at_once.models, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_are_kept_or_averaged_as_the_policy_says():
+    for policy in ("keep", "average"):
+        made = []
+
+        def adam(parameters, made=made):
+            made.append(torch.optim.Adam(parameters, lr=0.01))
+            return made[0]
+
+        run(Gossip(topology="complete", correction="off", optimizer_state=policy), steps=3, optimizer=adam)
+        (state,) = made[0].state.values()
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert (float((state[name] - state[name].mean(0)).abs().max()) < 1e-12) == (policy == "average")
 
 
 def test_a_scheduler_steps():
