@@ -5,6 +5,7 @@ from distopt.gossip.attachment import GossipAttachment
 from distopt.gossip.codec import Codec, SignCodec, TopKCodec
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.dadao import DadaoHistory, edge_rates, simulate_dadao
+from distopt.gossip.dadao_on_ranks import run_dadao
 from distopt.gossip.description import Description, describe
 from distopt.gossip.graph import Graph
 from distopt.gossip.mixing import (
@@ -75,6 +76,7 @@ __all__ = [
     "describe",
     "edge_rates",
     "optimal_edge_rates",
+    "run_dadao",
     "simulate",
     "simulate_asynchronous",
     "simulate_dadao",

@@ -166,6 +166,21 @@ def edge_rates(graph: Graph, rates: Mapping[Edge, float] | None = None) -> tuple
     return {edge: share * rate for edge, share in shares.items()}, chi1 / rate
 
 
+def prepare(
+    topology: Topology | str,
+    num_ranks: int,
+    smoothness: float,
+    strong_convexity: float,
+    rates: Mapping[Edge, float] | None,
+) -> tuple[dict[Edge, float], DadaoConstants]:
+    """The rates of the edges and the constants of a job; see `simulate_dadao` for arguments and errors."""
+    made = make_topology(topology)
+    if made.period(num_ranks) != 1:
+        raise ConfigError(f"DADAO needs the same graph in every round, got {made.name!r}; use 'ring', say")
+    per_edge, chi1 = edge_rates(made.graph(num_ranks), rates)
+    return per_edge, DadaoConstants(smoothness=smoothness, strong_convexity=strong_convexity, chi1=chi1)
+
+
 def laplacian(num_ranks: int, rates: Mapping[Edge, float]) -> np.ndarray:
     """(n, n) float64, of a graph with these rates of its edges."""
     found = np.zeros((num_ranks, num_ranks))
@@ -226,14 +241,9 @@ def simulate_dadao(
     """
     check_count("num_gradients", num_gradients, low=1, remedy="use 10000")
     check_count("look_every", look_every, low=1, remedy="use 1000")
-    nodes_count = len(start)
-    made = make_topology(topology)
-    if made.period(nodes_count) != 1:
-        raise ConfigError(f"DADAO needs the same graph in every round, got {made.name!r}; use 'ring', say")
-    per_edge, chi1 = edge_rates(made.graph(nodes_count), rates)
-    constants = DadaoConstants(smoothness=smoothness, strong_convexity=strong_convexity, chi1=chi1)
+    per_edge, constants = prepare(topology, len(start), smoothness, strong_convexity, rates)
     nodes = [DadaoNode(row, constants) for row in start.double()]
-    clocks = PoissonClocks(nodes_count, per_edge, seed)
+    clocks = PoissonClocks(len(start), per_edge, seed)
     history, gradients, messages = DadaoHistory(), 0, 0
 
     def look() -> None:
