@@ -4,7 +4,9 @@ import atexit
 import hashlib
 import logging
 import os
+import secrets
 import socket
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.comm import agree, end_quietly, gather_json, raise_together
-from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
+from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.flat import group, trained
-from distopt.gossip.mixing.rule import Mixing
+from distopt.gossip.mixing.rule import Mixing, Surroundings
 from distopt.gossip.participant import AtOnce, Participant
 from distopt.gossip.ranks.background import Background, streams_of
-from distopt.gossip.ranks.crew import Address, Assembly, Crew
+from distopt.gossip.ranks.crew import Assembly, Crew
 from distopt.gossip.ranks.exchange import Exchange
 from distopt.version import __version__
 
@@ -62,21 +64,20 @@ class GossipAttachment:
         self.process_group = None if join is not None else _group(process_group)
         self._optimizer, self._scaler = optimizer, scaler
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
-        self._assembly, addresses = self._introduce(model, interface or own_address(self.process_group), join)
+        self._assembly = self._introduce(model, interface or own_address(self.process_group), join)
         self._vectors = group(trained(model))
-        self._assembly.start(addresses)
-        crew = self._assembly.meet(0, new=join is not None)
-        self._exchange = Exchange(self._assembly, crew, algorithm.graphs, self._regroup)
+        self._exchange = Exchange(
+            self._assembly, lambda members: self._among(members).topology, self._regroup, is_new=join is not None
+        )
         self._participant = Participant(
             algorithm,
-            algorithm.surroundings(len(crew.members)),
+            self._among(self._exchange.members),
             self._rows,
             [each.segments for each in self._vectors],
             self._exchange.perform,
             AtOnce if algorithm.exchange == "synchronous" else partial(Background, streams=streams_of(self._rows)),
         )
-        if crew.new:
-            self._regroup(crew)
+        self._exchange.begin()
         self._exchanges = 0
         self._given = {id(p) for each in optimizer.param_groups for p in each["params"]}
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
@@ -91,7 +92,7 @@ class GossipAttachment:
         atexit.register(_close_at_exit, weakref.ref(self))
         _log.info(
             "gossip: %s on %s with %d ranks, %s; parameters are %s", algorithm.rule.name, algorithm.graphs.name,
-            len(crew.members), algorithm.exchange,
+            len(self._exchange.members), algorithm.exchange,
             "views of one vector" if all(each.are_views for each in self._vectors) else "copied for each exchange",
         )  # fmt: skip
 
@@ -168,9 +169,7 @@ class GossipAttachment:
         Asynchronous ranks, which may have taken differently many steps, first make as many exchanges as the one that
         has begun most: nobody is left waiting for one that nobody else makes, and no mass is under way any more. Others
         must call it at the same step.
-
-        Raises:
-            PeerLostError: A rank has gone meanwhile; call it again.
+        If a rank goes meanwhile, each may take in what it can.
         """
         self._gather()
         moments, tensors = self._moments()
@@ -184,19 +183,14 @@ class GossipAttachment:
         _put_back(moments, tensors)
 
     def _catch_up(self, moments: list[Tensor]) -> None:
-        last = self._largest(self._exchange.round + self._participant.is_busy())
-        self._participant.settle_(self._rows, moments)
-        while self._exchange.round < last:
-            self._participant.begin_(self._rows, [0.0] * len(self._rows), moments)
-            self._participant.settle_(self._rows, moments)
-        self._participant.level_(self._rows, self._largest(self._participant.clock))
-
-    def _largest(self, own: float) -> float:
-        members = self._exchange.members
-        told = torch.zeros(len(members), dtype=torch.float64)
-        told[members.index(self._assembly.number)] = own
-        self._exchange.add_up(told)
-        return float(told.max())
+        participant, exchange = self._participant, self._exchange
+        last = exchange.largest("round", lambda: exchange.round + participant.is_busy(), participant.is_busy)
+        participant.settle_(self._rows, moments)
+        while exchange.round < last:
+            participant.begin_(self._rows, [0.0] * len(self._rows), moments)
+            participant.settle_(self._rows, moments)
+        clock = exchange.largest("clock", lambda: participant.clock, participant.is_busy)
+        participant.level_(self._rows, clock)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state; every rank must save its own, with its model and optimizer. Flushes first."""
@@ -244,8 +238,8 @@ class GossipAttachment:
     def detach(self) -> None:
         """Takes in what is under way, leaves the others and gives everything back; not a collective.
 
-        Ranks that still exchange go on without this one. Where asynchronous ranks end together, let each call `flush`
-        before: then nothing is under way, and none of them needs to meet the rest anew.
+        Ranks that still exchange go on without this one, and do not count it as lost. Where asynchronous ranks end
+        together, let each call `flush` before: then nothing is under way, and none needs to meet the rest anew.
         """
         if self._attached:
             self._gather()
@@ -262,7 +256,7 @@ class GossipAttachment:
         if kind is None:
             self.detach()
         elif self._attached:
-            self._release()
+            self._release(farewell=False)  # it has failed
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -319,11 +313,7 @@ class GossipAttachment:
             for parameter in (p for each in self._vectors for p in each.parameters):
                 state = self._optimizer.state.get(parameter, {})
                 tensors += [t for _, t in sorted(state.items()) if isinstance(t, Tensor) and t.shape == parameter.shape]
-        kinds: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault(tensor.dtype, []).append(tensor)
-        rows = [torch.cat([tensor.detach().reshape(-1) for tensor in each]).view(1, -1) for each in kinds.values()]
-        return rows, list(kinds.values())
+        return _by_dtype(tensors)
 
     def _gather(self) -> None:
         for each in self._vectors:
@@ -335,12 +325,12 @@ class GossipAttachment:
 
     # -- who takes part ----------------------------------------------------------------------------------------------
 
-    def _introduce(self, model: nn.Module, interface: str, join: str | None) -> tuple[Assembly, dict[int, Address]]:
-        """This rank's assembly, and where the others' boards are; all ranks find out whether they fit together."""
+    def _introduce(self, model: nn.Module, interface: str, join: str | None) -> Assembly:
+        """This rank's assembly, which knows where the others are; all ranks find out whether they fit together."""
         problem: DistoptError | None = None
         own: dict[str, Any] | None = None
         try:
-            own = self._facts(model)
+            own = self._facts(model, joins=join is not None)
         except DistoptError as error:
             problem = error
         timing = {"patience_s": self.algorithm.peer_timeout, "grace_s": self.algorithm.grace}
@@ -348,17 +338,19 @@ class GossipAttachment:
             if problem is not None:
                 raise problem
             return Assembly.to_join(join, interface, facts=own, **timing)
+        job = secrets.token_hex(8)
         if self.process_group is None:
             if problem is not None:
                 raise problem
-            alone = Assembly(0, interface, facts=own, **timing)
-            return alone, {0: alone.address}
+            return Assembly(0, interface, facts=own, job=job, **timing)
         agree(own, problem, self.process_group, _CPU)
-        assembly = Assembly(self.process_group.rank(), interface, facts=own, **timing)
+        job = gather_json(job, self.process_group, _CPU)[0]
+        assembly = Assembly(self.process_group.rank(), interface, facts=own, job=job, **timing)
         told = gather_json(list(assembly.address), self.process_group, _CPU)
-        return assembly, {rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)}
+        assembly.begin({rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)})
+        return assembly
 
-    def _facts(self, model: nn.Module) -> dict[str, Any]:
+    def _facts(self, model: nn.Module, *, joins: bool) -> dict[str, Any]:
         if any(isinstance(each, DistributedDataParallel) for each in model.modules()):
             raise CompatibilityError(
                 "gossip takes the place of DDP's own averaging, got a DistributedDataParallel model; pass the module "
@@ -388,8 +380,8 @@ class GossipAttachment:
                 f"{self.algorithm.rule.name} needs gradients that are unscaled before the step, got a fused "
                 f"{type(self._optimizer).__name__} with a scaler, which unscales them within it; use fused=False"
             )
-        ranks = 1 if self.process_group is None else self.process_group.size()
-        self.algorithm.surroundings(ranks)
+        if not joins:
+            self.algorithm.surroundings(1 if self.process_group is None else self.process_group.size())
         shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
         digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
         return {
@@ -398,26 +390,35 @@ class GossipAttachment:
             "model": f"{len(parameters)} parameters, digest {digest}",
         }
 
+    def _among(self, members: tuple[int, ...]) -> Surroundings:
+        try:
+            return self.algorithm.among(members)
+        except ConfigError as error:
+            raise PeerLostError(f"ranks {', '.join(map(str, members))} are left and cannot go on: {error}") from error
+
+    @torch.no_grad()
     def _regroup(self, crew: Crew) -> None:
-        around = self.algorithm.surroundings(len(crew.members))
-        rows = [*self._rows, *self._moments()[0]] if crew.new else []
+        """Other ranks take part; in the thread of an exchange where these overlap with the computation."""
+        around = self._among(crew.members)
         if crew.new:
-            average = self._exchange.average_of_old(rows)
+            kinds, tensors = _by_dtype(self._buffers)
+            average = self._exchange.average_of_old([*self._participant.shown(self._rows), *kinds])
             if self._assembly.number in crew.new:
                 for row, mean in zip(self._rows, average, strict=False):
                     row.copy_(mean)
                 self._scatter()
+                _put_back(average[len(self._rows) :], tensors)
                 self._participant.restart(self._rows, around)
                 return
         self._participant.regroup_(self._rows, around)
 
-    def _release(self) -> None:
+    def _release(self, *, farewell: bool = True) -> None:
         self._attached = False
         for handle in self._handles:
             handle.remove()
         if self._undo_scaler is not None:
             self._undo_scaler()
-        self._exchange.close()
+        self._exchange.close(farewell=farewell)
         for each in self._vectors:
             each.release()
 
@@ -431,6 +432,15 @@ def _put_back(moments: Sequence[Tensor], tensors: Sequence[Sequence[Tensor]]) ->
     for moment, parts in zip(moments, tensors, strict=True):
         for tensor, part in zip(parts, moment[0].split([tensor.numel() for tensor in parts]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Their elements as rows (1, k), one for each dtype, and the tensors that each is made of."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    rows = [torch.cat([tensor.detach().reshape(-1) for tensor in each]).view(1, -1) for each in kinds.values()]
+    return rows, list(kinds.values())
 
 
 def own_address(group: dist.ProcessGroup | None) -> str:
@@ -480,7 +490,7 @@ def _tell_of_skips(scaler: Scaler, optimizer: torch.optim.Optimizer, after: Call
 
 
 def _close_at_exit(attachment: "weakref.ref[GossipAttachment]") -> None:
-    """Threads and connections must be gone before Python shuts down."""
+    """Threads and connections must be gone before Python shuts down. A script that has failed leaves no farewell."""
     found = attachment()
     if found is not None and found._attached:
-        found._exchange.close()
+        found._exchange.close(farewell=not hasattr(sys, "last_value"))

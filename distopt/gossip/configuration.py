@@ -14,6 +14,7 @@ from distopt.gossip.description import check_connected
 from distopt.gossip.mixing.dpsgd import DPSGD
 from distopt.gossip.mixing.rule import Mixing, Surroundings
 from distopt.gossip.topologies.exponential import OnePeerExponential
+from distopt.gossip.topologies.given import EdgeList
 from distopt.gossip.topology import Topology, make_topology
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Gossip(Algorithm, name="gossip"):
     exchange: str = "synchronous"  # "overlapped" mixes models one exchange old, "asynchronous" of any age: no waiting
     optimizer_state: str = "keep"  # "average" mixes momentum and moments as well: more bytes
     buffers: str = "average"  # of BatchNorm's statistics; "keep" leaves each rank its own. Counters always stay
-    peer_timeout: float = 600.0  # s that a connected rank may be silent in an exchange before the job ends
-    grace: float = 5.0  # s that ranks wait, after one was lost, for others that have not said anything yet
+    peer_timeout: float = 600.0  # s that a connected rank may be silent in an exchange before others go on without it
+    grace: float = 5.0  # s that ranks which meet anew wait for others that do not answer; longer splits less easily
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", make_topology(self.topology))
@@ -136,12 +137,33 @@ class Gossip(Algorithm, name="gossip"):
         Raises:
             ConfigError: The graph is not connected, the rule cannot work on it, or needs other weights.
         """
-        around = Surroundings(topology=self.graphs, num_ranks=num_ranks, every=self.every)
-        check_connected(self.graphs, num_ranks)
-        if self.rule.needs_mean and not self.graphs.graph(num_ranks).keeps_mean:
+        return self._checked(self.graphs, num_ranks)
+
+    def among(self, members: tuple[int, ...]) -> Surroundings:
+        """What the rule may know after ranks have gone or come: the topology is `Topology.among` them.
+
+        Where the rule needs weights that keep the mean and the directed graph that is left has none, its edges are used
+        in both directions.
+
+        Args:
+            members: Numbers of those who are there, ascending.
+
+        Raises:
+            ConfigError: The rule cannot work among them.
+        """
+        topology = self.graphs.among(members)
+        size = len(members)
+        if self.rule.needs_mean and not topology.graph(size).keeps_mean:
+            topology = EdgeList(edges=tuple(topology.graph(size).edges))
+        return self._checked(topology, size)
+
+    def _checked(self, topology: Topology, num_ranks: int) -> Surroundings:
+        around = Surroundings(topology=topology, num_ranks=num_ranks, every=self.every)
+        check_connected(topology, num_ranks)
+        if self.rule.needs_mean and not topology.graph(num_ranks).keeps_mean:
             raise ConfigError(
                 f"{self.rule.name} needs weights whose rows add up to 1 as their columns do, got those of "
-                f"{self.graphs.name!r} with {num_ranks} ranks; use mixing='push-sum', or an undirected graph"
+                f"{topology.name!r} with {num_ranks} ranks; use mixing='push-sum', or an undirected graph"
             )
         self.rule.check(around)
         return around

@@ -137,15 +137,28 @@ class Participant:
         mixed, others = self._mixed, self._mixed_moments
         self._under_way = self._start(lambda: self._perform(lambda mixer: self._exchange_(mixed, lrs, others, mixer)))
 
+    def shown(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What may be read of the vectors in the thread of an exchange: the vectors, or what it began with."""
+        return vectors if self._gossip.exchange == "synchronous" or not self._sent else self._sent
+
     def _exchange_(
         self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor], mixer: Mixer
     ) -> None:
+        """Changes all or, if it raises, nothing: it is tried again with those that are left."""
         with record_function("distopt::exchange"):
-            for rows, state, lr, correction in zip(vectors, self._states, lrs, self.corrections, strict=True):
-                self._rule.exchange_(state, rows, mixer, lr, correction)
-            if moments:
-                for moment, mixed in zip(moments, mixer.mix(*moments), strict=True):
-                    moment.copy_(mixed)
+            kept = [(rows.clone(), _cloned(state)) for rows, state in zip(vectors[:-1], self._states, strict=False)]
+            moments_mixed = mixer.mix(*moments) if moments else ()
+            try:
+                for rows, state, lr, correction in zip(vectors, self._states, lrs, self.corrections, strict=True):
+                    self._rule.exchange_(state, rows, mixer, lr, correction)
+            except BaseException:
+                for rows, state, (rows_before, state_before) in zip(vectors, self._states, kept, strict=False):
+                    rows.copy_(rows_before)
+                    for name, tensor in state_before.items():
+                        state[name].copy_(tensor)
+                raise
+            for moment, mixed in zip(moments, moments_mixed, strict=True):
+                moment.copy_(mixed)
 
     def settle_(self, vectors: Sequence[Tensor], moments: Sequence[Tensor] = ()) -> None:
         """Waits for an exchange that is under way and takes in, in place, what it has made of what was sent.
@@ -219,6 +232,10 @@ class Participant:
 def _beside(vectors: Sequence[Tensor], kept: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     places: Sequence[Tensor | None] = kept or [None] * len(vectors)
     return list(zip(vectors, places, strict=True))
+
+
+def _cloned(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _copied(rows: Tensor, at: Tensor | None) -> Tensor:

@@ -29,6 +29,16 @@ class Topology(Configurable, tag="topology"):
         """After how many rounds the graphs begin again; None if they never do."""
         return 1
 
+    def among(self, members: tuple[int, ...]) -> "Topology":
+        """For a job of which these ranks are left, or which others have joined: the i-th of them is its rank i.
+
+        Most topologies are made for any number of ranks, and take as many as there are.
+
+        Args:
+            members: Numbers of the ranks, ascending; those from 0 on have begun, others came later.
+        """
+        return self
+
     @abstractmethod
     def make(self, num_ranks: int, number: int) -> Graph:
         """The graph of a round below the period; `graph` checks the arguments and remembers what was made."""

@@ -36,6 +36,10 @@ class NoLoCo(Mixing, name="noloco"):
         """See `Mixing.begin`."""
         return {"slow": rows.clone(), "momentum": torch.zeros_like(rows)}
 
+    def regroup_(self, state: State, rows: Tensor, around: Surroundings) -> None:
+        """See `Mixing.regroup_`: the pulls in the momenta cancel over those who were there, not over these."""
+        state["momentum"].zero_()
+
     def exchange_(
         self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
     ) -> None:

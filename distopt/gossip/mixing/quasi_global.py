@@ -48,7 +48,14 @@ class QuasiGlobalMomentum(Mixing, name="quasi-global-momentum"):
     ) -> None:
         """See `Mixing.exchange_`."""
         rows.copy_(averaged(rows, mixer, correction))
-        went = (state["before"] - rows) / (lr * int(state["steps"]))
+        went = _quotient(state["before"] - rows, lr * int(state["steps"]))
         state["momentum"].mul_(self.beta).add_(went, alpha=1 - self.beta)
         state["before"].copy_(rows)
         state["steps"].zero_()
+
+
+def _quotient(moved: Tensor, rates: Tensor | float) -> Tensor:
+    """Zero where the rate is zero, as at the start of a warm-up: no step was taken there."""
+    if isinstance(rates, Tensor):
+        return torch.where(rates > 0, moved / rates, 0.0)
+    return moved / rates if rates else torch.zeros_like(moved)

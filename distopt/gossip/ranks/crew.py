@@ -1,9 +1,8 @@
 """Who takes part: the ranks that exchange with each other now, and how they agree on others.
 
 The ranks of a crew share a gloo group of their own. When one of them finds a connection broken, or somebody new comes,
-all leave the group, which breaks the connections of the rest, and meet at the board of the lowest rank that answers.
-Its process collects who has come, for as long as somebody is missing whom nobody has seen die, at most `grace_s`, and
-announces the next crew. Who is late is left out and comes to the one after.
+all leave the group, which breaks the connections of the rest, and meet at the board of the lowest rank that answers
+(`distopt.gossip.ranks.meetings`).
 
 A crew whose lead is not the lowest rank that anybody knows looks for lower ones now and then: so the parts of a network
 that was cut find each other again.
@@ -11,26 +10,24 @@ that was cut find each other again.
 
 import contextlib
 import json
-import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
-
-from distopt.comm import parse_address
+from distopt.comm import parse_address, read_secret
 from distopt.errors import DesyncError, PeerLostError
-from distopt.gossip.ranks.board import Board, GoneError, UnreachableError
+from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
+from distopt.gossip.ranks.group import BoardStore, form_group
+from distopt.gossip.ranks.meetings import Meetings, say_goodbye
+from distopt.gossip.ranks.roster import Address, Roster
 
-_log = logging.getLogger("distopt")
-_POLL_S = 0.05
-_LOOK_S = 1.0  # between two looks for meetings elsewhere
-_MEET_S = 15.0  # for a group's connections
+_ASKED_AT_ONCE = 4  # of the lowest ranks, when a lead is looked for
+_AGAIN_S = 0.1
 
-Address = tuple[str, int]
+
+class VoidError(Exception):
+    """The crew is no more."""
 
 
 @dataclass
@@ -39,67 +36,74 @@ class Crew:
 
     Attributes:
         lead: At whose board they have met.
+        window: The number of that meeting there.
         members: Their numbers, ascending.
         group: Their gloo group, in this order; None once this rank has left, which breaks its connections.
         round: Number of its first exchange.
+        behind: How many exchanges this rank has not made that others of its last crew have.
         new: Those that have no model yet and take the average.
         left: Who has said goodbye.
+        asked: How often the members have asked each other for something.
     """
 
     lead: int
+    window: int
     members: tuple[int, ...]
     group: Any
     round: int
+    behind: int = 0
     new: tuple[int, ...] = ()
     left: tuple[int, ...] = ()
+    asked: dict[str, int] = field(default_factory=dict)
 
-
-@dataclass
-class _Window:
-    """A meeting, as the process that leads it sees it."""
-
-    began: float = 0.0
-    posts: dict[int, Any] = field(default_factory=dict)
-    taken: int = 0
-    gone: set[int] = field(default_factory=set)
+    def leave(self) -> None:
+        """Breaks the connections, when nothing works on them any more; the others notice when they next use theirs."""
+        self.group = None  # neither its `abort` nor its `shutdown` closes them
 
 
 class Assembly:
     """This rank's way into a crew, and into the next ones.
 
     Args:
-        number: Of this rank.
+        number: Of this rank; -1 for one that comes later and gets its number with its first crew.
         interface: The address of this machine that the others reach.
         facts: What all members must agree in, for those that come later.
         patience_s: How long an exchange may wait for a member that is connected and says nothing.
-        grace_s: How long a meeting waits for those who are missing.
+        grace_s: How long a meeting waits for those that do not answer.
+        job: What tells the job from others.
+
+    Raises:
+        ConfigError: The interface is no address of this machine, or the job secret is none.
     """
 
     def __init__(
-        self, number: int, interface: str, *, facts: Mapping[str, Any] | None, patience_s: float, grace_s: float
+        self,
+        number: int,
+        interface: str,
+        *,
+        facts: Mapping[str, Any] | None,
+        patience_s: float,
+        grace_s: float,
+        job: str,
     ) -> None:
-        self.number = number
         self._interface = interface
         self._patience_s, self._grace_s = patience_s, grace_s
-        self._board = Board.host(interface)
-        self.address: Address = (interface, self._board.port)
-        self._known: dict[int, Address] = {number: self.address}
-        self._members: tuple[int, ...] = (number,)
-        self._lead = number
-        self._window = -1  # in which the crew met
-        self._gone: set[int] = set()
-        self._called = threading.Event()
-        self._closing = threading.Event()
-        self._board.write("window", 0)
-        self._board.write("facts", facts)
-        self._thread = threading.Thread(target=self._watch, name="distopt-gossip-meetings", daemon=True)
-        self._lock = threading.Lock()  # of who is known and gone
+        self._secret = read_secret()
+        self._meetings: Meetings | None = None
+        self._board = Board(interface, self._secret, lambda question, line: self._answer(question, line))
+        self._roster = Roster(number, (self._board.address.host, self._board.address.port), job, facts)
+        self._meetings = Meetings(self._roster, self._secret, patience_s=patience_s, grace_s=grace_s)
+        self._before: list[int] | None = None  # lead and meeting of the last crew
+        self._closed = False
+
+    def _answer(self, question: Any, line: Any) -> Any:
+        return None if self._meetings is None else self._meetings.answer(question, line)
 
     @classmethod
     def to_join(
         cls, address: str, interface: str, *, facts: Mapping[str, Any] | None, patience_s: float, grace_s: float
-    ) -> tuple["Assembly", dict[int, Address]]:
-        """One of a process that comes later, with a new number, and where the others are.
+    ) -> "Assembly":
+        """One of a process that comes later.
 
         Args:
             address: "host:port" of any of them.
@@ -112,232 +116,162 @@ class Assembly:
             PeerLostError: Nobody answers there.
             DesyncError: The others run something else.
         """
-        host, port = parse_address(address)
         try:
-            board = Board.connect(host, port)
-            theirs, known = board.read("facts"), board.read("known")
-            number = board.count("joined") + max(map(int, known))
+            said = ask(parse_address(address), {"kind": "hello"}, read_secret())
         except (GoneError, UnreachableError) as error:
             raise PeerLostError(
                 f"there must be a rank of the job at {address}, got no answer; take the address that a running rank's "
-                "attachment.address says"
+                "attachment.address says, and the job's DISTOPT_JOB_SECRET if it has one"
             ) from error
         for key, value in (facts or {}).items():
-            if theirs[key] != json.loads(json.dumps(value)):
+            if said["facts"][key] != json.loads(json.dumps(value)):
                 raise DesyncError(
-                    f"who joins must have the same {key} as the others, got {value!r} and {theirs[key]!r}; start "
-                    "it from the same code and settings"
+                    f"who joins must have the same {key} as the others, got {value!r} and {said['facts'][key]!r}; "
+                    "start it from the same code and settings"
                 )
-        assembly = cls(number, interface, facts=facts, patience_s=patience_s, grace_s=grace_s)
-        return assembly, {int(each): (str(place[0]), int(place[1])) for each, place in known.items()}
+        assembly = cls(-1, interface, facts=facts, patience_s=patience_s, grace_s=grace_s, job=said["job"])
+        assembly.learn({**said["known"], said["number"]: said["address"]}, said["left"])
+        return assembly
 
-    def start(self, addresses: Mapping[int, Address]) -> None:
-        """Learns where the others' boards are, and begins to lead meetings at its own."""
-        with self._lock:
-            self._known.update(addresses)
-            self._members = tuple(sorted(self._known))
-        self._publish()
-        self._thread.start()
+    @property
+    def number(self) -> int:
+        """Of this rank."""
+        return self._roster.number
 
-    def _publish(self) -> None:
-        """Who is known, for those that come later; they get numbers behind all of these."""
-        with self._lock:
-            known = {str(number): address for number, address in self._known.items()}
-        self._board.write("known", known)
+    @property
+    def address(self) -> Address:
+        """Of this rank's board."""
+        return self._roster.address
+
+    @property
+    def patience_s(self) -> float:
+        """How long an exchange may wait for a member that is connected and says nothing."""
+        return self._patience_s
 
     @property
     def called(self) -> bool:
         """Whether a meeting is called: leave the crew and `meet`."""
-        return self._called.is_set()
+        return self._roster.called.is_set()
 
-    def meet(self, round_: int, *, new: bool = False, dead: Sequence[int] = (), leaving: bool = False) -> Crew:
+    def await_call(self, timeout_s: float) -> bool:
+        """Waits for a meeting to be called; whether one is."""
+        return self._roster.called.wait(timeout_s)
+
+    def learn(self, addresses: Mapping[Any, Any], left: Sequence[int] = ()) -> None:
+        """Where the others' boards are."""
+        self._roster.learn(addresses, left)
+
+    def begin(self, addresses: Mapping[int, Address]) -> None:
+        """All of these are there, and the first crew is to be of them."""
+        self._roster.learn(addresses)
+        self._roster.expect(tuple(sorted(addresses)))
+
+    def meet(self, round_: int, *, new: bool = False, silent: Sequence[int] = ()) -> Crew:
         """The next crew. Blocks until it is there.
 
         Args:
             round_: The number of the next exchange of this rank.
             new: Whether this rank has no model yet.
-            dead: Whom it has seen die.
-            leaving: Tells the others not to wait; the crew that comes of it is without this rank.
+            silent: For whom it has waited in vain.
 
         Raises:
             PeerLostError: No meeting came about.
         """
-        with self._lock:
-            self._gone.update(dead)
         end = time.monotonic() + self._patience_s + 4 * self._grace_s
         while time.monotonic() < end:
-            lead, board = self._lowest()
+            lead, place = self._lowest()
+            post = {
+                **self._question("post"),
+                **self._roster.told(),
+                "round": round_,
+                "new": new,
+                "silent": [*silent],
+                "from": self._before,
+            }
             try:
-                told = self._attend(lead, board, round_, new)
-            except UnreachableError:
+                told = ask(place, post, self._secret, within_s=None)
+            except (GoneError, UnreachableError):
                 continue  # the lead has gone meanwhile, or is stopped
-            if told is None:
-                continue  # too late for this one
-            with contextlib.suppress(RuntimeError):
-                return self._found(lead, board, told)
+            if "members" in told:
+                with contextlib.suppress(RuntimeError, VoidError, GoneError, UnreachableError):
+                    return self._found(lead, place, told)
+            time.sleep(_AGAIN_S)
         raise PeerLostError(
             f"rank {self.number} has found no crew for {self._patience_s + 4 * self._grace_s:.0f} s: the others change "
-            "faster than they can meet; use a longer grace_s",
-            sorted(self._gone),
+            "faster than they can meet, or only some of them can be reached from here; use a longer grace",
         )
 
-    def _lowest(self) -> tuple[int, Board]:
-        for number in sorted(self._known):
-            if number == self.number:
-                return number, Board.connect(*self.address)
-            if number in self._gone:
-                continue
-            try:
-                return number, Board.connect(*self._known[number])
-            except GoneError:
-                with self._lock:
-                    self._gone.add(number)
-            except UnreachableError:
-                continue
-        raise AssertionError  # this rank's own is there
+    def _lowest(self) -> tuple[int, Address]:
+        """The lowest rank whose board answers, and where that is; this rank's own always does."""
+        assert self._meetings is not None
+        known = self._roster.known
+        own = self._roster.number
+        lower = sorted(number for number in known if number >= 0 and (number < own or own < 0))
+        for start in range(0, len(lower), _ASKED_AT_ONCE):
+            some = lower[start : start + _ASKED_AT_ONCE]
+            said = ask_all({number: known[number] for number in some}, self._question("hello"), self._secret)
+            for number in some:
+                if isinstance(said[number], dict) and said[number]["job"] == self._roster.job:
+                    self._meetings.send_elsewhere()
+                    return number, known[number]
+        return own, self._roster.address
 
-    def _attend(self, lead: int, board: Board, round_: int, new: bool) -> Any:
-        window = int(board.read("window"))
-        place = board.count(f"{window}/count") - 1
-        post = {
-            "number": self.number, "address": self.address, "round": round_, "new": new, "gone": sorted(self._gone),
-            "known": {str(number): address for number, address in self._known.items()},
-        }  # fmt: skip
-        board.write(f"{window}/{place}", post)
-        told = board.read(f"{window}/crew", self._grace_s + 10.0)
-        return {**told, "window": window} if self.number in told["members"] else None
-
-    def _found(self, lead: int, board: Board, told: Any) -> Crew:
-        members = tuple(told["members"])
-        epoch = f"{lead}/{told['window']}"
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=_MEET_S)
-        options._devices = [ProcessGroupGloo.create_device(hostname=self._interface)]
-        place = PrefixStore(f"gloo/{epoch}", board.store)
-        board.store.set_timeout(timedelta(seconds=_MEET_S))
-        self._called.clear()
-        group = ProcessGroupGloo(place, members.index(self.number), len(members), options)
-        group._set_default_timeout(timedelta(seconds=self._patience_s))
-        with self._lock:
-            self._lead, self._members = lead, members
-            self._known.update({int(number): tuple(address) for number, address in told["known"].items()})
-            self._gone |= set(told["gone"])
-            self._gone -= set(members)
-            self._window = int(told["window"])
-        self._publish()
-        return Crew(lead, members, group, int(told["round"]), tuple(told["new"]), tuple(told["left"]))
-
-    # -- the thread that leads meetings at this rank's board ---------------------------------------------------------
-
-    def _watch(self) -> None:
-        board = self._own_board()
-        number, window, looked = 0, _Window(), time.monotonic()
-        lead: tuple[int, Board] | None = None
-        while not self._closing.wait(_POLL_S):
-            while board.has(f"{number}/{window.taken}"):
-                post = board.read(f"{number}/{window.taken}")
-                window.taken += 1
-                window.posts[int(post["number"])] = post
-                if not window.began:
-                    window.began = time.monotonic()
-                self._called.set()
-            if window.began and self._complete(window):
-                board.write("window", number + 1)
-                self._announce(board, number, window)
-                number, window = number + 1, _Window()
-            elif time.monotonic() - looked > _LOOK_S:
-                looked = time.monotonic()
-                self._look_for_lower()
-                lead = self._listen_to_lead(lead)
-
-    def _own_board(self) -> Board:
-        """Another connection to it: one that waits keeps all that share it waiting."""
-        while True:
-            try:
-                return Board.connect(*self.address)
-            except UnreachableError:
-                self._closing.wait(_POLL_S)
-
-    def _complete(self, window: _Window) -> bool:
-        for post in window.posts.values():
-            window.gone |= set(post["gone"])
-        with self._lock:
-            missing = {number: self._known[number] for number in set(self._members) - set(window.posts) - window.gone}
-        waited = time.monotonic() - window.began
-        for number, address in missing.items():
-            with contextlib.suppress(UnreachableError):
-                window.gone |= _gone(number, address)
-        missing = {number: address for number, address in missing.items() if number not in window.gone}
-        if missing and waited < self._grace_s:
-            return False
-        # A moment for those that nobody expects: the other part of a network, or somebody new.
-        return waited > 2 * _POLL_S
-
-    def _announce(self, board: Board, number: int, window: _Window) -> None:
-        posts = window.posts
-        known: dict[str, Any] = {}
-        for post in posts.values():
-            known.update(post["known"])
-        known.update({str(each): post["address"] for each, post in posts.items()})
-        gone = window.gone - set(posts)
-        board.write(
-            f"{number}/crew",
-            {
-                "members": sorted(posts),
-                "round": max(post["round"] for post in posts.values()),
-                "new": sorted(each for each, post in posts.items() if post["new"]),
-                "known": known,
-                "gone": sorted(gone),
-                "left": [each for each in sorted(gone) if board.has(f"left/{each}")],
-            },
+    def _found(self, lead: int, place: Address, told: Any) -> Crew:
+        members, number = tuple(told["members"]), int(told["you"])
+        self._roster.learn(told["known"], told["left"])
+        self._roster.called.clear()  # the lead of a later meeting calls again, as long as this rank is missing
+        store = BoardStore(lambda question: self._ask_of(place, question), int(told["window"]))
+        group = form_group(store, members.index(number), len(members), self._interface)
+        self._roster.settle(number, lead, members)
+        before, self._before = self._before, [lead, int(told["window"])]
+        same = [round_ for came_from, round_ in told["rounds"].values() if came_from == before]
+        return Crew(
+            lead=lead,
+            window=int(told["window"]),
+            members=members,
+            group=group,
+            round=max(round_ for _, round_ in told["rounds"].values()),
+            behind=max(same) - int(told["rounds"][str(number)][1]) if before is not None else 0,
+            new=tuple(told["new"]),
+            left=tuple(told["left"]),
         )
 
-    def _look_for_lower(self) -> None:
-        with self._lock:
-            lower = [number for number in sorted(self._known) if number < self._lead and number not in self._gone]
-        for number in lower:
-            try:
-                Board.connect(*self._known[number])
-            except GoneError:
-                with self._lock:
-                    self._gone.add(number)
-            except UnreachableError:
-                continue
-            else:
-                self._called.set()
-                return
+    def largest(self, crew: Crew, what: str, value: float) -> float:
+        """The largest of the members' values. All of them ask at the same time, and block until all have.
 
-    def _listen_to_lead(self, before: tuple[int, Board] | None) -> tuple[int, Board] | None:
-        """Hears whether another meeting has begun where the crew has met: somebody is on his way back, or new."""
-        with self._lock:
-            lead, next_window = self._lead, self._window + 1
-            address = self._known[lead]
-        if lead == self.number:
-            return None
-        try:
-            board = before[1] if before is not None and before[0] == lead else Board.connect(*address)
-        except (GoneError, UnreachableError):
-            return None  # who exchanges with it will notice
-        if board.has(f"{next_window}/0"):
-            self._called.set()
-        return lead, board
+        Raises:
+            VoidError: The crew is no more.
+            UnreachableError: Its lead is not.
+        """
+        place = self._roster.known.get(crew.lead)
+        if place is None:
+            raise UnreachableError
+        store = BoardStore(lambda question: self._ask_of(place, question), crew.window, self._patience_s)
+        count = crew.asked[what] = crew.asked.get(what, 0) + 1
+        prefix = f"{what}/{count}"
+        store.lay_down({f"{prefix}/{self.number}": value})
+        return max(map(float, store.await_all([f"{prefix}/{number}" for number in crew.members])))
 
-    def close(self) -> None:
-        """Ends the thread."""
-        if self._closing.is_set():
+    def _ask_of(self, place: Address, question: Mapping[str, Any]) -> Any:
+        said = ask(place, {**self._question(""), **question}, self._secret, within_s=None)
+        if said is False or (isinstance(said, dict) and "void" in said):
+            raise VoidError
+        return said
+
+    def _question(self, kind: str) -> dict[str, Any]:
+        return {"kind": kind, "job": self._roster.job}
+
+    def close(self, *, farewell: bool = True) -> None:
+        """Ends the threads.
+
+        Args:
+            farewell: Whether this rank leaves on purpose; if not, the others count it as lost.
+        """
+        if self._closed:
             return
-        with contextlib.suppress(GoneError, UnreachableError, RuntimeError):
-            Board.connect(*self._known[self._lead]).write(f"left/{self.number}", True)
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        del self._board  # and with it the store: nobody is to wait for a meeting here
-
-
-def _gone(number: int, address: Address) -> set[int]:
-    """The number, if nobody listens at that address any more."""
-    try:
-        Board.connect(*address)
-    except GoneError:
-        return {number}
-    return set()
+        self._closed = True
+        if farewell:
+            say_goodbye(self._roster, self._secret)
+        self._board.close()
+        assert self._meetings is not None
+        self._meetings.close()

@@ -1,9 +1,15 @@
-"""Exchanges among the ranks that are there: who is lost is left out, who comes is taken in."""
+"""Exchanges among the ranks that are there: who is lost is left out, who comes is taken in.
+
+A meeting that is called while this rank exchanges nothing is attended by a thread, so that nobody waits for ranks that
+compute; what changes with the crew is then done before the next exchange.
+"""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,11 +17,14 @@ from torch import Tensor
 
 from distopt.errors import PeerLostError
 from distopt.gossip.mixing.mixer import Mixer
-from distopt.gossip.ranks.crew import Assembly, Crew
+from distopt.gossip.ranks.board import UnreachableError
+from distopt.gossip.ranks.crew import Assembly, Crew, VoidError
 from distopt.gossip.ranks.rank_mixer import BrokenError, RankMixer, SilentError, Staging
 from distopt.gossip.topology import Topology
 
 _log = logging.getLogger("distopt")
+_POLL_S = 0.02
+_CALL_S = 0.5  # a thread looks so often whether it is to end
 
 
 @dataclass
@@ -23,8 +32,8 @@ class Changes:
     """What has happened to the crew.
 
     Attributes:
-        lost: Ranks that were members and are not now.
-        joined: Ranks that have come since the start.
+        lost: Ranks that were members and are not now, without having said goodbye.
+        joined: Ranks that have come since the start and had never been members.
         meetings: How often the crew has met anew.
         waiting_s: Seconds spent in exchanges and meetings.
         bytes_sent: By this rank, in exchanges.
@@ -38,26 +47,52 @@ class Changes:
 
 
 class Exchange:
-    """See the module.
+    """See the module. Meets at once.
 
     Args:
         assembly: This rank's.
-        crew: The first one.
-        topology: Of the members.
-        changed: Called after each meeting with the new crew, before anything is exchanged in it.
+        topology_of: The topology of a crew's members, as that of their places.
+        changed: Called after each meeting but the first of ranks that all have models, with the new crew, before
+            anything is exchanged in it; in the thread that exchanges.
+        is_new: Whether this rank has no model yet; `changed` gives it one.
 
     Attributes:
         round: Number of the next exchange.
         changes: Since the start.
+
+    Raises:
+        PeerLostError: Nobody is there, or the others change faster than they can meet.
     """
 
-    def __init__(self, assembly: Assembly, crew: Crew, topology: Topology, changed: Callable[[Crew], None]) -> None:
-        self._assembly, self._topology, self._changed = assembly, topology, changed
+    def __init__(
+        self,
+        assembly: Assembly,
+        topology_of: Callable[[tuple[int, ...]], Topology],
+        changed: Callable[[Crew], None],
+        *,
+        is_new: bool,
+    ) -> None:
+        self._assembly, self._topology_of, self._changed, self._is_new = assembly, topology_of, changed, is_new
         self._staging = Staging()
-        self._crew: Crew | None = crew
-        self._members = crew.members
-        self.round = crew.round
+        self._turn = threading.RLock()  # of whoever exchanges or meets
+        self._closing = threading.Event()
         self.changes = Changes()
+        crew = assembly.meet(0, new=is_new)
+        self._crew: Crew | None = crew
+        self._is_fresh = bool(crew.new)  # whether `changed` is still to be called
+        self._topology = topology_of(crew.members)
+        self._members, self.round = crew.members, crew.round
+        self._seen = set(crew.members)
+        self._thread = threading.Thread(target=self._attend, name="distopt-gossip-attendance", daemon=True)
+
+    def begin(self) -> None:
+        """Gives newcomers of the first crew their models. After the construction, as `changed` may need this object.
+
+        Raises:
+            PeerLostError: Nobody is there who has a model.
+        """
+        self._get_ready()
+        self._thread.start()
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -65,83 +100,133 @@ class Exchange:
         return self._members
 
     def perform(self, act: Callable[[Mixer], None]) -> None:
-        """One exchange: `act` with the round's mixer, again with those that are left if somebody goes meanwhile."""
+        """One exchange: `act` with the round's mixer, again with those that are left if somebody goes meanwhile.
+
+        Where some had made it before that and this rank had not, it is left out here: a rank that made it up would be
+        an exchange behind the others for ever, and wait for them at the end.
+        """
         began = time.monotonic()
         try:
-            while not self._perform_once(act):
-                pass
+            with self._turn:
+                while (silent := self._perform_once(act, self._get_ready())) is not None:
+                    self._find_crew(silent)
         finally:
             self.changes.waiting_s += time.monotonic() - began
 
-    def _perform_once(self, act: Callable[[Mixer], None]) -> bool:
-        if self._crew is None or self._assembly.called:
-            self.meet()
-        crew = self._crew
-        assert crew is not None
-        assert crew.group is not None
+    def _perform_once(self, act: Callable[[Mixer], None], crew: Crew) -> list[int] | None:
+        """None if it is done; else somebody has gone: for whom this rank has waited in vain.
+
+        It returns before the crew is left: connections last for as long as anything that works on them.
+        """
+        if self.round < crew.round:  # others have made it without this rank: all stay in step
+            self.round += 1
+            return None
         place = crew.members.index(self._assembly.number)
-        mixer = RankMixer(
-            crew.group, place, self._topology.graph(len(crew.members), self.round), self.round, self._staging
-        )
+        graph = self._topology.graph(len(crew.members), self.round)
+        mixer = RankMixer(crew.group, place, graph, self.round, self._staging, self._assembly.patience_s)
         try:
             act(mixer)
         except BrokenError as error:
             seen = [crew.members[each] for each in error.places]
-            _log.info("rank %d: connections to ranks %s broke", self._assembly.number, seen)
-            self._leave()
-            return False
+            _log.info("gossip: rank %d: connections to ranks %s broke", self._assembly.number, seen)
+            return []
         except SilentError as error:
-            rank = crew.members[error.place]
-            raise PeerLostError(
-                f"rank {rank} is connected and has said nothing for as long as it may; give a larger peer_timeout if "
-                "ranks pause for that long",
-                [rank],
-            ) from None
+            _log.info(
+                "gossip: rank %d has waited in vain for rank %d", self._assembly.number, crew.members[error.place]
+            )
+            return [crew.members[error.place]]
         finally:
             self.changes.bytes_sent += mixer.bytes_sent
         self.round += 1
-        return True
+        return None
 
-    def meet(self, *, new: bool = False) -> None:
+    def _get_ready(self) -> Crew:
+        """The crew to exchange in, with all done that its changes ask for.
+
+        Raises:
+            PeerLostError: The others change faster than they can meet, or those that are left cannot go on.
+        """
+        while True:
+            if self._crew is None or self._assembly.called:
+                self._find_crew()
+            crew = self._crew
+            assert crew is not None
+            if self._is_fresh:
+                if len(crew.new) == len(crew.members):
+                    raise PeerLostError("there must be ranks that have a model, got none: all have gone; join others")
+                try:
+                    self._changed(crew)
+                except BrokenError:  # somebody has gone again
+                    self._leave()
+                    continue
+                self._is_fresh = self._is_new = False
+            return crew
+
+    def _find_crew(self, silent: Sequence[int] = ()) -> None:
         """Leaves the crew, which makes the others leave it, and finds the next."""
         self._leave()
-        self._crew = self._assembly.meet(self.round, new=new)
-        before, self._members = set(self._members), self._crew.members
-        self.round = self._crew.round
-        self.changes.meetings += 1
-        lost = before - set(self._members) - set(self._crew.left)
-        joined = set(self._members) - before
-        self.changes.lost = (self.changes.lost | lost) - set(self._members)
-        self.changes.joined |= joined
-        if lost or joined:
-            _log.warning(
-                "gossip goes on with ranks %s%s%s", ", ".join(map(str, self._members)),
-                f"; lost: {', '.join(map(str, sorted(lost)))}" if lost else "",
-                f"; joined: {', '.join(map(str, sorted(joined)))}" if joined else "",
-            )  # fmt: skip
-        try:
-            self._changed(self._crew)
-        except BrokenError:  # somebody has gone again
-            self._leave()
+        crew = self._assembly.meet(self.round, new=self._is_new, silent=silent)
+        self._crew, self._is_fresh = crew, True
+        self._topology = self._topology_of(crew.members)
+        self.round = crew.round - crew.behind
+        self._note(crew)
+
+    def _attend(self) -> None:
+        """Goes to the meetings that are called while nothing is exchanged here."""
+        while not self._closing.is_set():
+            if not self._assembly.await_call(_CALL_S):
+                continue
+            with self._turn:
+                if not self._assembly.called or self._closing.is_set():
+                    continue
+                try:
+                    self._find_crew()
+                except PeerLostError:  # the next exchange tries again, and says it
+                    self._leave()
+                    self._closing.wait(_CALL_S)
+
+    def _note(self, crew: Crew) -> None:
+        before, now = set(self._members), set(crew.members)
+        changes = self.changes
+        lost = before - now - set(crew.left)
+        back = (now - before) & self._seen
+        joined = now - self._seen
+        left = before - now - lost
+        self._members = crew.members
+        self._seen |= now
+        changes.meetings += 1
+        changes.lost = (changes.lost | lost) - now - set(crew.left)
+        changes.joined |= joined
+        said = [
+            f"{what}: {', '.join(map(str, sorted(ranks)))}"
+            for what, ranks in (("lost", lost), ("left", left), ("joined", joined), ("back", back))
+            if ranks
+        ]
+        if said:
+            log = _log.warning if lost else _log.info
+            log("gossip goes on with ranks %s; %s", ", ".join(map(str, crew.members)), "; ".join(said))
 
     def average_of_old(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """After a meeting with newcomers: the average of the others' rows, float64 sums. All members call it."""
+        """After a meeting with newcomers: the average of the others' rows. All members call it.
+
+        Raises:
+            BrokenError: Somebody has gone meanwhile.
+        """
         crew = self._crew
         assert crew is not None
-        assert crew.group is not None
-        is_new = self._assembly.number in crew.new
         old = len(crew.members) - len(crew.new)
         averages = []
         for row in rows:
-            total = torch.zeros_like(row, device="cpu") if is_new else row.detach().cpu().clone()
+            total = torch.zeros_like(row, device="cpu") if self._is_new else row.detach().cpu().clone()
             self._add_up(crew, total)
             averages.append((total / old).to(row.device))
         return averages
 
-    @staticmethod
-    def _add_up(crew: Crew, tensor: Tensor) -> None:
+    def _add_up(self, crew: Crew, tensor: Tensor) -> None:
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=self._assembly.patience_s)
         try:
-            crew.group.allreduce([tensor], dist.AllreduceOptions()).wait()
+            crew.group.allreduce([tensor], options).wait()
         except RuntimeError as error:
             raise BrokenError(range(len(crew.members))) from error
 
@@ -151,21 +236,48 @@ class Exchange:
         Raises:
             PeerLostError: Somebody has gone meanwhile.
         """
-        if self._crew is None:
-            self.meet()
-        assert self._crew is not None
-        try:
-            self._add_up(self._crew, tensor)
-        except BrokenError as error:
-            self._leave()
-            raise PeerLostError("a rank has gone while numbers were added up; try again") from error
+        with self._turn:
+            crew = self._get_ready()
+            try:
+                self._add_up(crew, tensor)
+            except BrokenError as error:
+                self._leave()
+                raise PeerLostError("a rank has gone while numbers were added up; try again") from error
 
-    def close(self) -> None:
-        """Leaves for good."""
-        self._leave()
-        self._assembly.close()
+    def largest(self, what: str, value: Callable[[], float], is_busy: Callable[[], bool]) -> float:
+        """The largest of the members' values. All members ask, at the same time, for the same.
+
+        Not in the group, where an exchange may be under way: at the lead's board. If that is gone, it is this rank's.
+
+        Args:
+            what: Is asked for.
+            value: Of this rank.
+            is_busy: Whether this rank has an exchange under way, in another thread.
+        """
+        while True:
+            if not is_busy():
+                with self._turn:
+                    self._get_ready()
+            crew = self._crew
+            if crew is not None:
+                try:
+                    return self._assembly.largest(crew, what, value())
+                except VoidError:
+                    pass
+                except UnreachableError:  # who is lost has taken along what was under way
+                    return value()
+            time.sleep(_POLL_S)  # the exchange that is under way finds the next crew
+
+    def close(self, *, farewell: bool = True) -> None:
+        """Leaves for good; see `Assembly.close`."""
+        self._closing.set()
+        with self._turn:
+            self._leave()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._assembly.close(farewell=farewell)
 
     def _leave(self) -> None:
-        if self._crew is not None:
-            self._crew.group = None
-            self._crew = None
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.leave()

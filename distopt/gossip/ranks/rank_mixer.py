@@ -1,6 +1,7 @@
 """The exchange of one round between real ranks: point to point, with the round's senders and receivers."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -62,12 +63,14 @@ class RankMixer:
         graph: Of the round, one node for each place.
         number: Of the round.
         staging: Of this rank.
+        patience_s: For a connected member to say something.
 
     Attributes:
         bytes_sent: By this rank.
     """
 
-    def __init__(self, group: Any, place: int, graph: Graph, number: int, staging: Staging) -> None:
+    def __init__(self, group: Any, place: int, graph: Graph, number: int, staging: Staging, patience_s: float) -> None:
+        self._patience = timedelta(seconds=patience_s)
         self._group, self._place, self._staging = group, place, staging
         self._weights = graph.weights[place]
         self._receivers, self._senders = graph.receivers(place), graph.senders(place)
@@ -124,7 +127,7 @@ class RankMixer:
                 self._tag += 1
         for place, work in works:
             try:
-                work.wait()
+                work.wait(self._patience)  # else it is the time for the group's connections
             except RuntimeError as error:
                 if "imed out" in str(error):
                     raise SilentError(place) from None

@@ -28,6 +28,10 @@ class Torus(Topology, name="torus"):
         if self.rows is not None:
             check_count("rows", self.rows, low=1, remedy="leave it out for a grid that is as square as possible")
 
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`: a grid that is as square as possible where the rows no longer divide the ranks."""
+        return self if self.rows is None or len(members) % self.rows == 0 else Torus()
+
     def shape(self, num_ranks: int) -> tuple[int, int]:
         """Rows and columns; rank i is in row `i // columns`.
 

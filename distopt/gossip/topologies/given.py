@@ -1,6 +1,8 @@
 """Your own graph: an edge list, a networkx graph, or a matrix of weights."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +19,27 @@ def _check_size(ranks: int, num_ranks: int) -> None:
             f"the graph and the job must have equally many ranks, got {ranks} and {num_ranks}; start as many, or give "
             "another graph"
         )
+
+
+def induced(edges: Iterable[Edge], members: tuple[int, ...], *, directed: bool) -> Topology:
+    """What is left of a graph among these ranks, and what must be added to it: Metropolis weights, or even parts.
+
+    The edges between two of them stay. Where these leave the ranks in several parts, and for ranks that no edge names
+    because they have come later, the lowest ranks of the parts are joined in a chain, each with the next; in a directed
+    graph, whose parts are strongly connected ones, in a ring. So nobody who is left is cut off because of who is gone.
+    """
+    import networkx
+
+    place = {number: index for index, number in enumerate(members)}
+    graph = networkx.DiGraph() if directed else networkx.Graph()
+    graph.add_nodes_from(range(len(members)))
+    graph.add_edges_from((place[i], place[j]) for i, j in edges if i in place and j in place)
+    find = networkx.strongly_connected_components if directed else networkx.connected_components
+    lowest = sorted(min(part) for part in find(graph))
+    graph.add_edges_from(itertools.pairwise(lowest))
+    if directed and len(lowest) > 1:
+        graph.add_edge(lowest[-1], lowest[0])
+    return EdgeList(edges=tuple(graph.edges()) or ((0, 0),), directed=directed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +60,11 @@ class EdgeList(Topology, name="edges"):
         if not edges:
             raise ConfigError(f"edges must be one pair of ranks or more, got {self.edges!r}; use [[0, 1], [1, 2]], say")
         object.__setattr__(self, "edges", edges)
+
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`, and `induced`."""
+        size = 1 + max(max(edge) for edge in self.edges)
+        return self if members == tuple(range(size)) else induced(self.edges, members, directed=self.directed)
 
     def make(self, num_ranks: int, number: int) -> Graph:
         """See `Topology.make`."""
@@ -76,6 +104,13 @@ class Weighted(Topology, name="weights"):
             ) from error
         Graph(matrix, directed=self.directed)
         object.__setattr__(self, "weights", tuple(tuple(row) for row in matrix.tolist()))
+
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`, and `induced`: the weights are given for these ranks and no others."""
+        if members == tuple(range(len(self.weights))):
+            return self
+        edges = Graph(np.array(self.weights), directed=self.directed).edges
+        return induced(edges, members, directed=self.directed)
 
     def make(self, num_ranks: int, number: int) -> Graph:
         """See `Topology.make`."""

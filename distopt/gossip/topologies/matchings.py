@@ -24,6 +24,10 @@ class RandomMatchings(Topology, name="random-matchings"):
         if self.of is not None and not isinstance(self.of, Topology):
             raise ConfigError(f"of must be a topology or None, got {self.of!r:.200}; use distopt.gossip.Ring(), say")
 
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`."""
+        return self if self.of is None else dataclasses.replace(self, of=self.of.among(members))
+
     def period(self, num_ranks: int) -> int | None:
         """See `Topology.period`: never, but where there is only one pair."""
         return 1 if num_ranks <= 2 else None

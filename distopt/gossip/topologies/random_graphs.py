@@ -27,6 +27,11 @@ def _connected(topology: Topology, drawn: Any, num_ranks: int, remedy: str) -> G
     )
 
 
+def _usual(num_ranks: int) -> float:
+    """Twice the probability of an edge above which graphs of so many ranks become connected."""
+    return min(1.0, 2.0 * math.log(max(num_ranks, 2)) / num_ranks)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomRegular(Topology, name="random-regular"):
     """Every rank has the same number of neighbours, drawn at random: with 3 or more, an expander almost surely."""
@@ -37,6 +42,11 @@ class RandomRegular(Topology, name="random-regular"):
     def __post_init__(self) -> None:
         check_count("degree", self.degree, low=2, remedy="use 4; 2 makes a ring")
         check_count("seed", self.seed, low=0, remedy="use 0, the same on every rank")
+
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`: one neighbour more where an odd number of ranks cannot have an odd number each."""
+        more = self.degree * len(members) % 2
+        return dataclasses.replace(self, degree=self.degree + 1) if more else self
 
     def make(self, num_ranks: int, number: int) -> Graph:
         """See `Topology.make`."""
@@ -68,9 +78,15 @@ class ErdosRenyi(Topology, name="erdos-renyi"):
             check_number("probability", self.probability, rule=rule, remedy=remedy, low=0.0, high=1.0)
         check_count("seed", self.seed, low=0, remedy="use 0, the same on every rank")
 
+    def among(self, members: tuple[int, ...]) -> Topology:
+        """See `Topology.among`: the same probability, or more where fewer ranks would not be connected by it."""
+        usual = _usual(len(members))
+        few = self.probability is not None and self.probability < usual
+        return dataclasses.replace(self, probability=usual) if few else self
+
     def make(self, num_ranks: int, number: int) -> Graph:
         """See `Topology.make`."""
-        usual = min(1.0, 2.0 * math.log(max(num_ranks, 2)) / num_ranks)
+        usual = _usual(num_ranks)
         probability = usual if self.probability is None else self.probability
         return _connected(
             self,

@@ -1,0 +1,147 @@
+"""One rank of a job to which things happen; `gossip_job.Job` starts it and reads what it says."""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distopt.gossip import Gossip
+from listening import heard
+
+_CLONE_NEWNET = 0x40000000
+LONGEST_S = 150.0  # then it ends, whatever happens
+
+
+class Rank:
+    """Says what happens to it, a line of JSON each."""
+
+    def __init__(self, options):
+        self.options = options
+        self.folder = Path(options["folder"])
+        self._file = (self.folder / f"{options['label']}.jsonl").open("w", buffering=1)
+        self.began = time.monotonic()
+
+    def say(self, **event):
+        self._file.write(json.dumps({"at": round(time.monotonic() - self.began, 3), **event}) + "\n")
+
+    def is_told(self, what):
+        assert time.monotonic() - self.began < LONGEST_S, "the job has taken too long"
+        return (self.folder / what).exists()
+
+
+def make_model(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def flat(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
+
+
+def statistics(model):
+    return model[1].running_mean.tolist()
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+    optimizer.zero_grad()
+    (model(inputs) ** 2).mean().backward()
+    optimizer.step()
+
+
+def main():
+    """Trains one model for each of the configurations, side by side, until told to stop.
+
+    When an attachment has a crew of `until` ranks it makes so many more exchanges as `more` says and says where all of
+    them are in the same round.
+    """
+    options = json.loads(sys.argv[1])
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    if options.get("namespace"):
+        with Path("/run/netns", options["namespace"]).open() as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+    rank = Rank(options)
+    with heard() as log:
+        try:
+            _train(rank, options)
+        except BaseException as error:
+            rank.say(event="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            rank.say(event="log", lines=[message for level, message in log if level == "WARNING"])
+
+
+def _train(rank, options):
+    number, join = options["number"], options.get("join")
+    if join is None:
+        torch.distributed.init_process_group("gloo")
+    runs = {}
+    for place, (name, described) in enumerate(options["gossips"].items()):
+        model = make_model(100 * number + place)
+        optimizer = torch.optim.SGD(model.parameters(), lr=options["lr"])
+        before = flat(model)
+        attached = Gossip.from_dict(described).attach(model, optimizer, join=None if join is None else join[name])
+        runs[name] = (model, optimizer, attached)
+        members = attached.stats()["members"]
+        rank.say(
+            event="attached", name=name, address=attached.address, members=members, number=attached._assembly.number
+        )
+        rank.say(event="began", name=name, before=before, model=flat(model), statistics=statistics(model))
+        _report_crews(rank, name, model, attached)
+    target = dict.fromkeys(runs)
+    reported = set()
+    count = 0
+    while not rank.is_told("stop"):
+        for name, (model, optimizer, attached) in runs.items():
+            exchange = attached._exchange
+            crew = exchange._crew
+            if target[name] is None and crew is not None and len(crew.members) == options.get("until", -1):
+                target[name] = crew.round + options["more"]
+            if target[name] is None or exchange.round < target[name]:
+                step(model, optimizer, 1000 * number + count)
+            elif name not in reported:
+                reported.add(name)
+                attached.flush()
+                states = [
+                    {key: value.tolist() for key, value in each.items()} for each in attached._participant._states
+                ]
+                rank.say(event="reached", name=name, round=exchange.round, model=flat(model), states=states,
+                         stats=attached.stats())  # fmt: skip
+        count += 1
+        if count % 4 == 0:
+            rank.say(event="steps", count=count, rounds={name: each[2]._exchange.round for name, each in runs.items()})  # fmt: skip
+        time.sleep(options.get("pause_s", 0.002))
+    for name, (model, _, attached) in runs.items():
+        attached.detach()
+        rank.say(event="ended", name=name, model=flat(model), statistics=statistics(model), stats=attached.stats())
+    if join is None:
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
+
+
+def _report_crews(rank, name, model, attached):
+    """Each later crew, with the model that this rank brings into it."""
+    exchange = attached._exchange
+    changed = exchange._changed
+
+    def report(crew):
+        changed(crew)
+        rank.say(event="crew", name=name, members=crew.members, round=crew.round, model=flat(model),
+                 statistics=statistics(model), pid=os.getpid())  # fmt: skip
+
+    exchange._changed = report
+
+
+if __name__ == "__main__":
+    main()
