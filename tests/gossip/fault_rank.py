@@ -120,7 +120,7 @@ def _train(rank, options):
                          stats=attached.stats())  # fmt: skip
         count += 1
         if count % 4 == 0:
-            rank.say(event="steps", count=count, rounds={name: each[2]._exchange.round for name, each in runs.items()})  # fmt: skip
+            rank.say(event="steps", count=count, rounds={name: run[2]._exchange.round for name, run in runs.items()})
         time.sleep(options.get("pause_s", 0.002))
     for name, (model, _, attached) in runs.items():
         attached.detach()
