@@ -105,6 +105,8 @@ def _train(rank, options):
     while not rank.is_told("stop"):
         for name, (model, optimizer, attached) in runs.items():
             exchange = attached._exchange
+            if attached.algorithm.exchange == "overlapped":
+                attached.flush()  # else it depends on a thread in which round this is
             crew = exchange._crew
             if target[name] is None and crew is not None and len(crew.members) == options.get("until", -1):
                 target[name] = crew.round + options["more"]
