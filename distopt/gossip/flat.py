@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distopt.errors import CompatibilityError
 from distopt.gossip.correction import Segment
@@ -36,7 +37,22 @@ class Place:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a rank trains, by name, a tied one under its first."""
+    """The parameters that a rank trains, by name, a tied one under its first.
+
+    Raises:
+        CompatibilityError: They are not whole, or have no memory yet.
+    """
+    if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
+        raise CompatibilityError(
+            "parameters must be whole on every rank, got a FullyShardedDataParallel model; gossip between replicas "
+            "that are not sharded"
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise CompatibilityError(
+                f"parameters must have memory, got {name!r} that is {'lazy' if is_lazy(parameter) else 'on meta'}; run "
+                "a batch through the model, or load it, before you attach"
+            )
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -138,6 +138,24 @@ def test_sparse_gradients_are_taken_where_nothing_needs_them_dense():
     attached.detach()
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 3), nn.LazyLinear(3)), "got '1.weight' that is lazy; run a batch"),
+        (lambda: nn.Linear(6, 3, device="meta"), "got 'weight' that is on meta; .* before you attach"),
+        (lambda: nn.Sequential(FullyShardedDataParallel(6, 3)), "got a FullyShardedDataParallel model; gossip between"),
+    ],
+)
+def test_parameters_that_are_not_whole_or_not_there_are_refused(model, message):
+    model = model()
+    with pytest.raises(CompatibilityError, match=message):
+        Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class FullyShardedDataParallel(nn.Linear):
+    """Of the name that is refused."""
+
+
 def test_a_fused_optimizer_unscales_too_late_for_rules_that_change_gradients():
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
