@@ -32,6 +32,7 @@ from distopt.version import __version__
 _log = logging.getLogger("distopt")
 _FORMAT = 1
 _CPU = torch.device("cpu")
+_AT_WORK: "weakref.WeakSet[GossipAttachment]" = weakref.WeakSet()  # of this process
 
 
 class Scaler(Protocol):
@@ -88,6 +89,7 @@ class GossipAttachment:
         self._ticked = False
         self._model = model
         self._attached = True
+        _AT_WORK.add(self)
         end_quietly()
         atexit.register(_close_at_exit, weakref.ref(self))
         _log.info(
@@ -357,6 +359,11 @@ class GossipAttachment:
                 "that it wraps (model.module), and do not wrap it"
             )
         parameters = trained(model)
+        taken = {id(p) for each in _AT_WORK if each._attached for group in each._vectors for p in group.parameters}
+        if found := [name for name, p in parameters.items() if id(p) in taken]:
+            raise CompatibilityError(
+                f"a model must be attached once, got {found[0]!r} that another attachment averages; detach that first"
+            )
         known = {id(p) for each in getattr(self._optimizer, "param_groups", ()) for p in each["params"]}
         if not parameters or not any(id(p) in known for p in parameters.values()):
             raise CompatibilityError(

@@ -223,6 +223,9 @@ def refused(case):
     try:
         if case == "ddp":
             gossip.attach(nn.parallel.DistributedDataParallel(model), optimizer)
+        elif case == "a part in ddp":
+            wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(model))
+            gossip.attach(wrapped, optimizer)
         elif case == "another optimizer":
             gossip.attach(model, make_optimizer(make_model().parameters()))
         elif case == "momentum":

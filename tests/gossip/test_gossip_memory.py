@@ -156,6 +156,14 @@ class FullyShardedDataParallel(nn.Linear):
     """Of the name that is refused."""
 
 
+def test_a_model_is_attached_once():
+    model, optimizer, attached = make()
+    with pytest.raises(CompatibilityError, match=r"got '0.weight' that another attachment averages; detach that first"):
+        Gossip().attach(model, optimizer)
+    attached.detach()
+    Gossip().attach(model, optimizer).detach()
+
+
 def test_a_fused_optimizer_unscales_too_late_for_rules_that_change_gradients():
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
