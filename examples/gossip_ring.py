@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 4 examples/gossip_ring.py --topology torus --exchange overlapped
     torchrun --standalone --nproc-per-node 4 examples/gossip_ring.py --initial same --every 4 --logdir runs/gossip
 
-or without torchrun, whose agent would end all ranks with the first that dies: on each rank's machine
+or without torchrun, whose agent ends all ranks with the first that dies, while gossip goes on: on each rank's machine
 
     MASTER_ADDR=192.0.2.1 MASTER_PORT=29500 WORLD_SIZE=4 RANK=0 python examples/gossip_ring.py     # and RANK=1 to 3
 
