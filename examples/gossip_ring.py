@@ -16,6 +16,7 @@ FOLDER it goes on where it stopped. With --non-iid ALPHA ranks have different la
 import argparse
 import contextlib
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -72,6 +73,13 @@ def accuracy():
         return (model(data.test_images).argmax(1) == data.test_labels).double().mean().item()
 
 
+def distance():
+    try:
+        return attached.consensus_distance()
+    except distopt.PeerLostError:  # a rank has gone just now; the others go on
+        return math.nan
+
+
 def save(step):
     """Models differ by rank, so every rank saves its own."""
     here = options.checkpoints / f"step-{step}"
@@ -103,13 +111,13 @@ with contextlib.ExitStack() as stack:
         loss.backward()
         optimizer.step()
         if (step + 1) % options.look_every == 0 or step + 1 == options.steps:
-            distance, found = attached.consensus_distance(), accuracy()
+            away, found = distance(), accuracy()
             if board is not None:
                 board.record(attached, accuracy=found, loss=loss.item())
             if options.checkpoints is not None:
                 save(step + 1)
             if rank == 0:
-                print(f"step {step + 1}: accuracy {found:.1%}, consensus distance {distance:.3g}", flush=True)
+                print(f"step {step + 1}: accuracy {found:.1%}, consensus distance {away:.3g}", flush=True)
 
 stats = attached.stats()
 attached.detach()

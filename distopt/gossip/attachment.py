@@ -136,11 +136,18 @@ class GossipAttachment:
 
     @torch.no_grad()
     def consensus_distance(self) -> float:
-        """Root of the mean over ranks of the squared distance of their models to the mean model. Collective."""
+        """Root of the mean over ranks of the squared distance of their models to the mean model. Collective.
+
+        Of all trained parameters, in float64; flushes first.
+
+        Raises:
+            PeerLostError: Somebody has gone meanwhile; ask again.
+        """
         self.flush()
         rows = torch.cat([row[0].detach().double().cpu() for row in self._rows])
-        mean = rows / len(self._exchange.members)
+        mean = rows.clone()
         self._exchange.add_up(mean)
+        mean /= len(self._exchange.members)  # only now: who adds up may have met anew
         squares = (rows - mean).square().sum().view(1)
         self._exchange.add_up(squares)
         return float((squares / len(self._exchange.members)).sqrt())
@@ -153,12 +160,13 @@ class GossipAttachment:
         model stays as it is. The sums are float64.
 
         Raises:
-            PeerLostError: Somebody has gone meanwhile.
+            PeerLostError: Somebody has gone meanwhile; ask again.
         """
         self.flush()
         tensors = [*(p for each in self._vectors for p in each.parameters), *self._buffers]
         flat = torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors])
-        self._exchange.add_up(flat.div_(len(self._exchange.members)))
+        self._exchange.add_up(flat)
+        flat /= len(self._exchange.members)
         parts = flat.split([tensor.numel() for tensor in tensors])
         means = {id(t): part.view(t.shape).to(t) for t, part in zip(tensors, parts, strict=True)}
         own = self._model.state_dict(keep_vars=True)  # a tied parameter is there under each of its names

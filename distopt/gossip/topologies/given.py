@@ -44,7 +44,11 @@ def induced(edges: Iterable[Edge], members: tuple[int, ...], *, directed: bool) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgeList(Topology, name="edges"):
-    """An undirected graph by its edges, or a directed one by (sender, receiver)."""
+    """An undirected graph by its edges, or a directed one by (sender, receiver).
+
+    Raises:
+        ConfigError: The edges are no pairs of numbers, or there are none.
+    """
 
     edges: tuple[Edge, ...]  # pairs of ranks
     directed: bool = False  # whether pairs are (sender, receiver), for push-sum
@@ -89,7 +93,11 @@ class EdgeList(Topology, name="edges"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weighted(Topology, name="weights"):
-    """The weights themselves: symmetric, or with columns that add up to 1."""
+    """The weights themselves: symmetric, or with columns that add up to 1.
+
+    Raises:
+        ConfigError: They are no square matrix, negative, not symmetric, or a column does not add up to 1.
+    """
 
     weights: tuple[tuple[float, ...], ...]  # row i: the parts that rank i takes of each rank's tensors
     directed: bool = False  # whether they need not be symmetric, for push-sum

@@ -12,7 +12,11 @@ from distopt.gossip.topology import Topology
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomMatchings(Topology, name="random-matchings"):
-    """Each rank averages with one other; who finds nobody stays alone for a round."""
+    """Each rank averages with one other; who finds nobody stays alone for a round.
+
+    Boyd, Ghosh, Prabhakar and Shah, "Randomized Gossip Algorithms", IEEE Transactions on Information Theory 2006, with
+    as many pairs at once as find each other.
+    """
 
     of: Topology | None = dataclasses.field(
         default=None, metadata={"configurable": Topology}

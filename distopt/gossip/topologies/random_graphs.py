@@ -34,7 +34,10 @@ def _usual(num_ranks: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomRegular(Topology, name="random-regular"):
-    """Every rank has the same number of neighbours, drawn at random: with 3 or more, an expander almost surely."""
+    """Every rank has the same number of neighbours, drawn at random.
+
+    With 3 or more it is an expander almost surely (Friedman 2008): its gap does not fall with the number of ranks.
+    """
 
     degree: int = 4  # even, so that any number of ranks will do; more messages, and fewer rounds
     seed: int = 0  # the same on all ranks
@@ -67,7 +70,10 @@ class RandomRegular(Topology, name="random-regular"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ErdosRenyi(Topology, name="erdos-renyi"):
-    """Each pair of ranks is joined with the same probability, independently; drawn until the graph is connected."""
+    """Each pair of ranks is joined with the same probability, independently; drawn until the graph is connected.
+
+    Erdos and Renyi 1959; connected almost surely from log(n)/n on.
+    """
 
     probability: float | None = None  # twice log(n)/n, where graphs become connected, if left out
     seed: int = 0  # the same on all ranks
