@@ -61,7 +61,8 @@ def simulate(
     """Trains a node for each row of a batch, all in this process.
 
     The same arguments give the same history to the bit. Gradients of all nodes are computed at once (`torch.func.vmap`)
-    where the model allows it, else node by node, with a line in the log that says why.
+    where the model allows it, else node by node, with a line in the log that says why. Nodes go in step, so
+    `exchange="asynchronous"` is simulated as "overlapped"; see `simulate_asynchronous` for nodes that do not.
 
     Args:
         gossip: The configuration.

@@ -69,6 +69,25 @@ def waiting_for_nobody(described, steps, lr=0.1, save=None, pace_s=0.002):
     return {**found, "distance": distance}
 
 
+def one_behind_the_other(described, steps):
+    """Rank 1 takes all its steps when rank 0 has taken all of its own."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model = make_model()
+    optimizer, given = make_optimizer(model.parameters()), batches(2)
+    attached = Gossip.from_dict(described).attach(model, optimizer)
+    if rank == 1:
+        dist.barrier()
+    for number in range(steps):
+        step(model, optimizer, given.of(rank, number))
+    if rank == 0:
+        dist.barrier()
+    attached.flush()
+    found = {**attached.stats(), "round": attached._exchange.round}
+    attached.detach()
+    return found
+
+
 # -- loops that users have --------------------------------------------------------------------------------------------
 
 LOOPS = ("accumulation", "clipping", "scheduler", "scaler", "scaler overlapped", "compiled", "Adam")
@@ -228,3 +247,16 @@ def on_the_gpu(described, steps):
             attached.flush()
             found.append(flat(model).cpu())
     return found
+
+
+def averaged_in_two_dtypes():
+    """Layers of bfloat16 and float32, channels last; what one exchange makes of them, and what both ranks had."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Conv2d(2, 4, 2).to(memory_format=torch.channels_last), nn.Linear(3, 3).bfloat16())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = make_optimizer(model.parameters(), lr=0.0)
+    with Gossip(topology="complete", correction="off").attach(model, optimizer) as attached:
+        sum(parameter.float().sum() for parameter in model.parameters()).backward()
+        optimizer.step()
+        views = attached.stats()["views"]
+    return before, [parameter.detach() for parameter in model.parameters()], views

@@ -44,3 +44,14 @@ def test_nothing_is_lost_among_ranks_at_their_own_pace(ranks, name, lr):
 def test_a_checkpoint_waits_for_what_is_under_way(ranks, tmp_path, name):
     found = ranks(SIZE)(execution_rank.waiting_for_nobody, GOSSIPS[name].to_dict(), 30, 0.1, tmp_path)
     check_nothing_is_lost(found)
+
+
+@pytest.mark.parametrize("name", ["d-psgd", "push-sum", "a2cid2"])
+def test_nobody_waits_for_one_that_has_not_begun(ranks, name):
+    """Any that did would wait here for ever."""
+    topology = RandomMatchings() if name == "a2cid2" else Ring()
+    gossip = Gossip(topology=topology, mixing=name, correction="off", exchange="asynchronous")
+    first, second = ranks(2)(execution_rank.one_behind_the_other, gossip.to_dict(), 10)
+    assert first["steps"] == second["steps"] == 10
+    assert (first["exchanges"], first["passed"]) == (1, 9)  # the first is under way all the time
+    assert first["round"] == second["round"] >= 1

@@ -37,6 +37,16 @@ def test_state_is_kept_or_averaged_as_the_policy_says(ranks):
         assert (counted, other) == (3, 4)  # counters are each rank's own
 
 
+def test_narrow_dtypes_are_averaged_in_wide_ones(ranks):
+    (first, found, views), (second, other, _) = ranks(2)(execution_rank.averaged_in_two_dtypes)
+    assert views
+    for one, two, average, same in zip(first, second, found, other, strict=True):
+        expected = ((one.double() + two.double()) / 2).float().to(one.dtype)
+        torch.testing.assert_close(average, expected, rtol=1e-6 if one.dtype == torch.float32 else 0, atol=1e-7)
+        assert torch.equal(average, same)
+        assert average.stride() == one.stride()
+
+
 def test_statistics_are_averaged_also_where_exchanges_overlap(ranks):
     cases = [
         (Gossip(**COMPLETE, exchange="overlapped", buffers=buffers).to_dict(), "SGD") for buffers in ("average", "keep")
