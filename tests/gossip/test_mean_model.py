@@ -5,6 +5,7 @@ import pytest
 import torch
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("buffers", ["average", "keep"])
 def test_the_mean_model(ranks, buffers):
     found = ranks(3)(mean_rank.mean_and_own, buffers)
