@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import distopt
 from distopt.gossip import Gossip
 from listening import heard
 
@@ -74,7 +75,7 @@ def main():
     rank = Rank(options)
     with heard() as log:
         try:
-            _train(rank, options)
+            (_train_and_save if "steps" in options else _train)(rank, options)
         except BaseException as error:
             rank.say(event="failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -130,6 +131,41 @@ def _train(rank, options):
     if join is None:
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
+
+
+def _train_and_save(rank, options):
+    """So many steps, with a checkpoint after half of them; `wait_at` a step it waits for its end.
+
+    With `resume` it begins from that checkpoint.
+    """
+    torch.distributed.init_process_group("gloo")
+    number, half = options["number"], options["steps"] // 2
+    for name, described in options["gossips"].items():
+        model = make_model(number)
+        optimizer = torch.optim.SGD(model.parameters(), lr=options["lr"], momentum=0.5)
+        attached = Gossip.from_dict(described).attach(model, optimizer)
+        folder = Path(options["checkpoints"], name)
+        own = folder / f"own-{number}.pt"
+        begin = 0
+        if options.get("resume"):
+            saved = torch.load(own)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            distopt.checkpoint.load(attached, folder)
+            begin = half
+        for count in range(begin, options["steps"]):
+            step(model, optimizer, 1000 * number + count)
+            if count + 1 == half and not options.get("resume"):
+                distopt.checkpoint.save(attached, folder)
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, own)
+        rank.say(event="trained", name=name, began_at=begin)
+        if options.get("wait"):
+            continue
+        attached.detach()
+        rank.say(event="ended", name=name, model=flat(model), statistics=statistics(model))
+    while options.get("wait"):
+        rank.is_told("")
+        time.sleep(0.01)
 
 
 def _report_crews(rank, name, model, attached):

@@ -211,3 +211,47 @@ def test_a_rank_that_comes_late_takes_the_average(job, name):
             assert stats["members"] == everybody
             assert stats["joined"] == ([3] if rank < 3 else [])
             assert stats["lost"] == []
+
+
+def test_a_job_that_is_killed_and_started_again_ends_with_the_same_bits(job, tmp_path):
+    gossips = {"d-psgd": Gossip(every=2), "push-sum": RULES["push-sum"], "moments": Gossip(optimizer_state="average")}
+    folder = str(tmp_path / "checkpoints")
+    with job(SIZE, gossips, lr=0.1, steps=12, checkpoints=folder + "-of-another") as undisturbed:
+        undisturbed.start()
+        with job(SIZE, gossips, lr=0.1, steps=12, checkpoints=folder, wait=True) as first:
+            first.start()
+            first.wait_for(range(SIZE), "trained", names=gossips)
+            first.kill(*range(SIZE))
+        with job(SIZE, gossips, lr=0.1, steps=12, checkpoints=folder, resume=True) as second:
+            second.start()
+            second.wait_for(range(SIZE), "ended", names=gossips)
+            undisturbed.wait_for(range(SIZE), "ended", names=gossips)
+            for name in gossips:
+                assert {second.events(rank, "trained", name)[0]["began_at"] for rank in range(SIZE)} == {6}
+                for key in ("model", "statistics"):
+                    found, expected = (models(each, range(SIZE), "ended", name, key) for each in (second, undisturbed))
+                    assert (found == expected).all()
+                    assert found.std(0).max() > 0 or key == "statistics"
+            second.stop()
+        undisturbed.stop()
+
+
+def test_a_flush_leaves_nothing_of_asynchronous_ranks_under_way(job):
+    """Ranks of different speed; then all stop at once, wherever they are."""
+    gossips = {
+        "d-psgd": Gossip(topology="ring", exchange="asynchronous", correction="off"),
+        "push-sum": Gossip(
+            topology=RULES["push-sum"].topology, mixing="push-sum", exchange="asynchronous", correction="off"
+        ),
+    }
+    with job(SIZE, gossips, until=SIZE, more=15) as ranks:
+        ranks.start(pause_s=[0.0, 0.001, 0.004, 0.012])
+        ranks.wait_for(range(SIZE), "reached", names=gossips)
+        ranks.stop()
+        for name in gossips:
+            began, reached = (models(ranks, range(SIZE), kind, name) for kind in ("began", "reached"))
+            assert len({ranks.events(rank, "reached", name)[0]["round"] for rank in range(SIZE)}) == 1
+            weights = [each["states"][0].get("weight", [[1.0]])[0][0] for rank in range(SIZE)
+                       for each in ranks.events(rank, "reached", name)]  # fmt: skip
+            np.testing.assert_allclose(np.average(reached, 0, weights), began.mean(0), rtol=0, atol=1e-12)
+            assert np.ptp(weights) > 1e-3 or name == "d-psgd"
