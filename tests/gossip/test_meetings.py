@@ -6,10 +6,14 @@ import threading
 import time
 
 import pytest
+import torch
 
+from distopt.gossip import Complete
 from distopt.gossip.ranks import board as boards
+from distopt.gossip.ranks import group as groups
 from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
 from distopt.gossip.ranks.crew import Assembly
+from distopt.gossip.ranks.rank_mixer import RankMixer, SilentError, Staging
 
 SECRET, OTHER = b"a secret of a test, and long enough", b"another one, which is as long as it"
 
@@ -55,7 +59,7 @@ def test_who_has_ended_is_gone_and_who_does_not_answer_is_not(board):
         ended = Board("127.0.0.1", None, lambda question, line: None)
         ended.close()
         places[2] = tuple(ended.address)
-        said = ask_all(places, 0, SECRET)
+        said = ask_all(places, 0, SECRET, within_s=1.0)
     assert said[0] == {"said": 0}
     assert isinstance(said[1], UnreachableError)
     assert isinstance(said[2], GoneError)
@@ -64,7 +68,7 @@ def test_who_has_ended_is_gone_and_who_does_not_answer_is_not(board):
 class Ranks:
     """Assemblies of one job; each meets in a thread of its own."""
 
-    def __init__(self, size, *, grace_s=1.0):
+    def __init__(self, size, *, grace_s=0.4):
         self.settings = {"facts": {"model": 1}, "patience_s": 60.0, "grace_s": grace_s}
         self.all = {n: Assembly(n, "127.0.0.1", job="job", **self.settings) for n in range(size)}
         self.rounds = dict.fromkeys(range(size), 0)
@@ -138,7 +142,7 @@ def test_a_meeting_calls_who_is_missing_and_waits_for_it(ranks):
     one.start()
     for number in (0, 1):
         assert ranks.all[number].await_call(60.0)
-    time.sleep(2.0)  # longer than ranks are waited for that do not answer
+    time.sleep(1.2)  # longer than ranks are waited for that do not answer
     assert not found
     found.update(ranks.meet(0, 1))
     one.join(60.0)
@@ -173,3 +177,19 @@ def test_members_tell_each_other_the_largest_of_their_values(ranks):
     for thread in threads:
         thread.join(60.0)
     assert found == {0: 5.0, 1: 5.0, 2: 5.0}
+
+
+@pytest.mark.parametrize("ranks", [(2,)], indirect=True)
+def test_an_exchange_waits_for_as_long_as_it_may_and_not_only_as_for_connections(ranks, monkeypatch):
+    monkeypatch.setattr(groups, "_FORM_S", 0.5)
+    crews = ranks.meet(0, 1)
+    mixers = [RankMixer(crews[n].group, n, Complete().graph(2), 0, Staging(), 60.0) for n in (0, 1)]
+    found = {}
+    one = threading.Thread(target=lambda: found.update({0: mixers[0].mix(torch.zeros(1, 3))[0]}))
+    one.start()
+    time.sleep(1.0)
+    found[1] = mixers[1].mix(torch.ones(1, 3))[0]
+    one.join(60.0)
+    assert found[0].tolist() == found[1].tolist() == [[0.5, 0.5, 0.5]]
+    with pytest.raises(SilentError):
+        RankMixer(crews[0].group, 0, Complete().graph(2), 1, Staging(), 0.1).mix(torch.zeros(1, 3))

@@ -151,7 +151,7 @@ def ask(address: tuple[str, int], question: Any, secret: bytes | None, *, within
     key = _key(secret)
     end = None if within_s is None else time.monotonic() + within_s
     try:
-        with socket.create_connection(address, timeout=_CONNECT_S) as connection:
+        with socket.create_connection(address, timeout=min(_CONNECT_S, within_s or _CONNECT_S)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             own = os.urandom(_NONCE_BYTES)
             nonces = _receive(connection, _NONCE_BYTES) + own
@@ -169,13 +169,15 @@ def ask(address: tuple[str, int], question: Any, secret: bytes | None, *, within
     raise AssertionError
 
 
-def ask_all(addresses: Mapping[int, tuple[str, int]], question: Any, secret: bytes | None) -> dict[int, Any]:
-    """The answers, or the `GoneError` or `UnreachableError`, of several boards at once, by number."""
+def ask_all(
+    addresses: Mapping[int, tuple[str, int]], question: Any, secret: bytes | None, *, within_s: float = _CONNECT_S
+) -> dict[int, Any]:
+    """The answers, or the `GoneError` or `UnreachableError`, of several boards at once, by number; see `ask`."""
     answers: dict[int, Any] = {}
 
     def one(number: int) -> None:
         try:
-            answers[number] = ask(addresses[number], question, secret)
+            answers[number] = ask(addresses[number], question, secret, within_s=within_s)
         except (GoneError, UnreachableError) as error:
             answers[number] = error
 
