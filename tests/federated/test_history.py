@@ -10,6 +10,7 @@ from rich.console import Console
 
 from distopt.errors import CompatibilityError, ConfigError, StateMismatchError
 from distopt.federated import History, ProgressBar, TensorBoard, plot_histories, progress
+from tensorboard_events import scalars
 
 PNG = b"\x89PNG"
 
@@ -109,13 +110,9 @@ def test_a_file_that_is_no_history(tmp_path):
 
 def events(folder):
     """Of each name, [(step, value, time)]."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    read = EventAccumulator(str(folder))
-    read.Reload()
     return {
-        name: [(event.step, round(event.value, 6), event.wall_time) for event in read.Scalars(name)]
-        for name in read.Tags()["scalars"]
+        name: [(event.step, round(event.value, 6), event.wall_time) for event in found]
+        for name, found in scalars(folder).items()
     }
 
 

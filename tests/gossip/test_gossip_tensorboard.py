@@ -4,16 +4,13 @@ import gossip_rank
 import pytest
 
 from distopt.gossip import Gossip, TensorBoard, simulate
+from tensorboard_events import scalars
 
 
 def events(folder):
     """Of each name, [(step, value)]."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    read = EventAccumulator(str(folder))
-    read.Reload()
-    names = read.Tags()["scalars"]
-    return {name: [(event.step, pytest.approx(event.value)) for event in read.Scalars(name)] for name in names}
+    found = scalars(folder)
+    return {name: [(event.step, pytest.approx(event.value)) for event in events] for name, events in found.items()}
 
 
 def test_a_simulation(tmp_path):
