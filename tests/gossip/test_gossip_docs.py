@@ -27,12 +27,14 @@ def blocks(page):
 def test_the_code_of_the_entry_page_runs_on_ranks(ranks, tmp_path):
     found = ranks(2)(docs_rank.run_blocks, blocks(ENTRY), tmp_path)
     assert torch.equal(found[0][1], found[1][1])
-    said = [output.splitlines() for output, _ in found]
+    said = [output.splitlines() for output, _, _ in found]
     assert float(said[0][0]) == float(said[1][0])
     assert re.fullmatch(r"[\w.]+:\d+", said[0][1])
     for lines in said:
         assert lines[-1].startswith("variance correction needs an algorithm that stays right when averages are")
         assert "'accuracy': " in lines[-2]
+    table = {name for cells in rows(ENTRY) if len(cells) == 2 for name in re.findall(r"`(\w+)`", cells[0])}
+    assert found[0][2] <= table
     for rank in range(2):
         assert list((tmp_path / "runs" / "gossip" / f"rank-{rank}").iterdir())
 
