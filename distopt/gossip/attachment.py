@@ -85,7 +85,9 @@ class GossipAttachment:
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         if _changes_gradients(algorithm):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._undo_scaler = None if scaler is None else _tell_of_skips(scaler, optimizer, self._after_skip)
+        self._undo_scaler = (
+            None if scaler is None else _tell_of_skips(scaler, optimizer, self._before_scaled, self._after_scaled)
+        )
         self._ticked = False
         self._model = model
         self._attached = True
@@ -281,14 +283,16 @@ class GossipAttachment:
             vector.set_gradients(grad)
 
     def _after_step(self, *_: Any) -> None:
-        self._ticked = self._scaler is not None
+        self._ticked = True
         self._tick()
 
-    def _after_skip(self) -> None:
-        """A scaler has called no step: the others do not know, and wait."""
+    def _before_scaled(self) -> None:
+        self._ticked = False
+
+    def _after_scaled(self) -> None:
+        """If the scaler has called no step, the others do not know, and wait."""
         if not self._ticked:
             self._tick()
-        self._ticked = False
 
     @torch.no_grad()
     def _tick(self) -> None:
@@ -485,14 +489,18 @@ def _group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group
 
 
-def _tell_of_skips(scaler: Scaler, optimizer: torch.optim.Optimizer, after: Callable[[], None]) -> Callable[[], None]:
-    """Calls `after` behind each of the scaler's steps of this optimizer; how to undo it."""
+def _tell_of_skips(
+    scaler: Scaler, optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
+) -> Callable[[], None]:
+    """Calls these around each of the scaler's steps of this optimizer; how to undo it."""
     original = scaler.step
 
     def step(stepped: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if stepped is not optimizer:
+            return original(stepped, *args, **kwargs)
+        before()
         result = original(stepped, *args, **kwargs)
-        if stepped is optimizer:
-            after()
+        after()
         return result
 
     scaler.step = step  # type: ignore[method-assign, assignment]

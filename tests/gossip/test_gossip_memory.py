@@ -172,6 +172,22 @@ def test_a_fused_optimizer_unscales_too_late_for_rules_that_change_gradients():
         gossip.attach(model, optimizer, scaler=torch.amp.GradScaler("cpu"))
 
 
+def test_a_step_past_the_scaler_does_not_hide_the_next_skip():
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    attached = Gossip().attach(model, optimizer, scaler=scaler)
+    step(model, optimizer)
+    optimizer.zero_grad()
+    scaler.scale(model(torch.randn(4, 6)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert scaler.get_scale() == 8.0
+    scaler.update()
+    assert scaler.get_scale() == 4.0  # skipped
+    assert attached.stats()["steps"] == attached.stats()["exchanges"] == 2
+    attached.detach()
+
+
 def test_the_ratio_is_in_the_numbers_where_something_is_corrected():
     model, optimizer, attached = make(correction="on")
     assert attached.stats()["variance_ratio"] is None
