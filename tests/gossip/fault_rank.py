@@ -111,7 +111,10 @@ def _train(rank, options):
             crew = exchange._crew
             if target[name] is None and crew is not None and len(crew.members) == options.get("until", -1):
                 target[name] = crew.round + options["more"]
-            if target[name] is None or exchange.round < target[name]:
+            goes_on = target[name] is None or exchange.round < target[name]
+            if "flush_after" in options:
+                goes_on = count < options["flush_after"]
+            if goes_on:
                 step(model, optimizer, 1000 * number + count)
             elif name not in reported:
                 reported.add(name)

@@ -244,7 +244,7 @@ def test_a_flush_leaves_nothing_of_asynchronous_ranks_under_way(job):
             topology=RULES["push-sum"].topology, mixing="push-sum", exchange="asynchronous", correction="off"
         ),
     }
-    with job(SIZE, gossips, until=SIZE, more=15) as ranks:
+    with job(SIZE, gossips, flush_after=60) as ranks:
         ranks.start(pause_s=[0.0, 0.001, 0.004, 0.012])
         ranks.wait_for(range(SIZE), "reached", names=gossips)
         ranks.stop()

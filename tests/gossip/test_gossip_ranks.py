@@ -7,7 +7,7 @@ from test_mixing import GOSSIPS
 
 from distopt.gossip import Choco, EdgeList, Gossip, TopKCodec, simulate
 
-pytestmark = pytest.mark.job
+job = pytest.mark.job
 
 SIZE, STEPS = 4, 12
 HERE = {
@@ -39,6 +39,7 @@ def simulated(gossip, momentum):
     )
 
 
+@job
 @pytest.mark.parametrize("name", HERE)
 def test_ranks_make_what_the_simulation_makes(ranks, name):
     gossip = HERE[name]
@@ -64,6 +65,7 @@ def test_any_number_of_ranks(ranks, size):
     assert all(model.isfinite().all() for model, _ in found)
 
 
+@job
 @pytest.mark.parametrize("name", ["d-psgd", "push-sum", "a2cid2", "moments averaged"])
 def test_a_checkpoint_goes_on_to_the_bit(ranks, tmp_path, name):
     described = HERE[name].to_dict()
@@ -83,6 +85,7 @@ def test_models_of_all_kinds_are_averaged_and_given_back(ranks, name, views):
         assert pointers == (parameters if views else 1)
 
 
+@job
 @pytest.mark.parametrize("exchange", ["synchronous", "overlapped"])
 def test_steps_that_a_scaler_skips_are_exchanges_all_the_same(ranks, exchange):
     gossip = Gossip(topology="complete", correction="off", exchange=exchange)
@@ -120,6 +123,7 @@ def test_bad_input_is_refused_on_all_ranks(ranks, case, messages):
         assert re.search(message, found), found
 
 
+@job
 def test_asynchronous_exchanges_bring_ranks_together_and_keep_nobody_waiting(ranks):
     gossip = Gossip(topology="complete", correction="off", exchange="asynchronous")
     found = ranks(3)(gossip_rank.trained, gossip.to_dict(), 60)

@@ -36,7 +36,7 @@ def test_a_board_answers_who_has_the_secret_and_nobody_else(board):
 def test_garbage_ends_its_connection_and_nothing_else(board, garbage):
     with socket.create_connection(board.address, timeout=30) as connection:
         connection.sendall(garbage)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):  # it may have ended before
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(1000):  # its nonce, then the end
                 pass

@@ -157,6 +157,10 @@ class Assembly:
         """Waits for a meeting to be called; whether one is."""
         return self._roster.called.wait(timeout_s)
 
+    def wake(self) -> None:
+        """Ends `await_call`."""
+        self._roster.called.set()
+
     def learn(self, addresses: Mapping[Any, Any], left: Sequence[int] = ()) -> None:
         """Where the others' boards are."""
         self._roster.learn(addresses, left)

@@ -271,6 +271,7 @@ class Exchange:
     def close(self, *, farewell: bool = True) -> None:
         """Leaves for good; see `Assembly.close`."""
         self._closing.set()
+        self._assembly.wake()
         with self._turn:
             self._leave()
         if self._thread.is_alive():
