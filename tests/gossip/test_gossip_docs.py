@@ -15,7 +15,7 @@ from distopt.gossip.simulated_mixer import SimulatedExchange
 DOCS = Path(__file__).parents[2] / "docs"
 ENTRY = DOCS / "gossip.md"
 TOPOLOGIES, ALGORITHMS = (DOCS / "gossip" / f"{name}.md" for name in ("topologies", "algorithms"))
-COMING = {"gossip/faults.md", "gossip/measured.md", "faults.md"}
+COMING = {"gossip/measured.md"}
 PAGES = [ENTRY, *sorted((DOCS / "gossip").glob("*.md"))]
 
 
