@@ -188,7 +188,7 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", [pytest.param("d-psgd", marks=pytest.mark.slow), "path", "async"])
 def test_a_rank_that_comes_late_takes_the_average(job, name):
     everybody = [0, 1, 2, 3]
     with job(3, {name: LATE[name]}, until=4, more=12, pause_s=0.02) as ranks:

@@ -179,6 +179,14 @@ def test_members_tell_each_other_the_largest_of_their_values(ranks):
     assert found == {0: 5.0, 1: 5.0, 2: 5.0}
 
 
+def test_a_post_that_makes_no_sense_does_not_keep_others_from_meeting(ranks):
+    for post in ({}, {"number": 1}, {"number": "x", "address": 3, "members": None}):
+        with pytest.raises(UnreachableError):
+            ask(ranks.all[0].address, {"kind": "post", "job": "job", **post}, None)
+    crews = ranks.meet(0, 1, 2)
+    assert {crew.members for crew in crews.values()} == {(0, 1, 2)}
+
+
 @pytest.mark.parametrize("ranks", [(2,)], indirect=True)
 def test_an_exchange_waits_for_as_long_as_it_may_and_not_only_as_for_connections(ranks, monkeypatch):
     monkeypatch.setattr(groups, "_FORM_S", 0.5)

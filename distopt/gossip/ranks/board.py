@@ -121,7 +121,7 @@ class Board:
                     answer = self._answer(question, line)
                     if answer is not None:
                         line.answer(answer)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             _log.debug("gossip: a question was not understood: %r", error)
         finally:
             self._free.release()

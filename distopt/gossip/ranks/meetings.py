@@ -92,12 +92,13 @@ class Meetings:
             return self._get(int(question["window"]), [str(key) for key in question["keys"]], within_s, line)
         return None
 
-    def _post(self, post: Any, line: Line) -> Any:
-        self._roster.learn(post["known"], post["left"])
+    def _post(self, said: Any, line: Line) -> Any:
+        post = _understood(said)
+        self._roster.learn(said["known"], said["left"])
         with self._news:
             window = self._window
-            number = int(post["number"])
-            if self._is_taken(number, tuple(post["address"])):
+            number = post["number"]
+            if self._is_taken(number, post["address"]):
                 number = 1 + max([*self._roster.known, *self._roster.left, *window.posts])
             window.posts[number] = post
             window.began = window.began or time.monotonic()
@@ -187,7 +188,7 @@ class Meetings:
             if any(self._states.get(number) == "there" for number in missing if number < roster.number):
                 self.send_elsewhere()  # meetings are held at the board of the lowest that answers
                 return
-        accused = {int(number) for post in posts.values() for number in post["silent"]}
+        accused = {number for post in posts.values() for number in post["silent"]}
         waited = now - window.began
         waiting = [
             number
@@ -213,7 +214,7 @@ class Meetings:
         return {
             "window": self._window.number,
             "members": sorted(posts),
-            "rounds": {str(number): [post["from"], int(post["round"])] for number, post in posts.items()},
+            "rounds": {str(number): [post["from"], post["round"]] for number, post in posts.items()},
             "new": sorted(number for number, post in posts.items() if post["new"]),
             "known": self._roster.told()["known"],
             "left": sorted(self._roster.left),
@@ -244,6 +245,21 @@ class Meetings:
 
     def _question(self, kind: str) -> dict[str, Any]:
         return {"kind": kind, "job": self._roster.job}
+
+
+def _understood(said: Any) -> dict[str, Any]:
+    """What a post says, checked here: the thread that leads meetings relies on it."""
+    host, port = said["address"]
+    came_from = said["from"]
+    return {
+        "number": int(said["number"]),
+        "address": (str(host), int(port)),
+        "round": int(said["round"]),
+        "new": bool(said["new"]),
+        "members": [int(number) for number in said["members"]],
+        "silent": [int(number) for number in said["silent"]],
+        "from": None if came_from is None else [int(part) for part in came_from],
+    }
 
 
 def say_goodbye(roster: Roster, secret: bytes | None) -> None:
