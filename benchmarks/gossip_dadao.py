@@ -211,7 +211,8 @@ def perform(job: tuple[str, int, int]) -> dict[str, Any]:
 
 
 def say(job: tuple[str, int, int], result: dict[str, Any]) -> str:
-    return f"condition {job[0]}, seed {job[1]}: DADAO {result['ways']['DADAO']['after_gradients']:.2g} after {GRADIENTS} gradients"
+    reached = result["ways"]["DADAO"]["after_gradients"]
+    return f"condition {job[0]}, seed {job[1]}: DADAO {reached:.2g} after {GRADIENTS} gradients"
 
 
 def listed(values: list[float | None], form: str) -> str:
