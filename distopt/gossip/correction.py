@@ -64,6 +64,8 @@ class Correction:
         for number, each in enumerate(self._segments):
             part = rows[:, each.start : each.stop]
             factors, ratio = respread_factors(part, targets[:, number], squares)
-            part.copy_(respread(part, torch.where(ratio < self._below, factors, 1.0)))
+            restored = respread(part, torch.where(ratio < self._below, factors, 1.0))
+            if restored is not part:
+                part.copy_(restored)
             ratios.append(ratio)
         self.ratio = torch.stack(ratios).amin(0) if ratios else None

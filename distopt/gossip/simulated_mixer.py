@@ -35,6 +35,12 @@ class SimulatedMixer:
         mixed = tuple(_product(self._weights, each) for each in rows)
         return mixed if by_squares is None else (*mixed, _product(self._weights.square(), by_squares))
 
+    def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """See `Mixer.mix_`."""
+        mixed, *rest = self.mix(rows, *others)
+        rows.copy_(mixed)
+        return tuple(rest)
+
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_coded`."""
         width = rows.shape[1]

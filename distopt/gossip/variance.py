@@ -74,15 +74,21 @@ def respread_factors(rows: Tensor, targets: Tensor, squares: Tensor | float) -> 
         (n,) float64 factors of at least 1, and (n,) ratios of the variances before, 1 where a row has no spread.
     """
     left = row_variances(rows)
-    means = rows.mean(1, dtype=torch.float64) if rows.shape[1] else left
+    means = rows.to(torch.promote_types(rows.dtype, torch.float32)).mean(1).double() if rows.shape[1] else left
     ratio = torch.where(left <= _FLAT * torch.maximum(means * means, targets), 1.0, left / targets)
     largest = torch.as_tensor(squares, dtype=torch.float64, device=rows.device).rsqrt()
     return ratio.rsqrt().clamp(min=1.0).minimum(largest), ratio
 
 
 def respread(rows: Tensor, factors: Tensor) -> Tensor:
-    """The rows with each element's distance from its row's mean multiplied by the row's factor; 1 changes no bit."""
+    """The rows with each element's distance from its row's mean multiplied by the row's factor; 1 changes no bit.
+
+    Where all factors are 1 it is the rows themselves, and else a new tensor.
+    """
+    if not rows.shape[1] or bool((factors <= 1).all()):
+        return rows
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    means = wide.mean(1, keepdim=True) if rows.shape[1] else wide
+    means = wide.mean(1, keepdim=True)
     by = factors.to(wide.dtype)[:, None]
-    return torch.where(by > 1, (wide - means) * by + means, wide).to(rows.dtype)
+    spread = (wide - means).mul_(by).add_(means)
+    return (spread if bool((factors > 1).all()) else torch.where(by > 1, spread, wide)).to(rows.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distopt.gossip.correction import Correction
 from distopt.gossip.mixing.mixer import Mixer
-from distopt.gossip.mixing.rule import Mixing, State, averaged
+from distopt.gossip.mixing.rule import Mixing, State, average_
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,4 +25,4 @@ class DPSGD(Mixing, name="d-psgd"):
         self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
     ) -> None:
         """See `Mixing.exchange_`."""
-        rows.copy_(averaged(rows, mixer, correction))
+        average_(rows, mixer, correction)

@@ -9,7 +9,7 @@ from torch import Tensor
 from distopt.config import check_number
 from distopt.gossip.correction import Correction
 from distopt.gossip.mixing.mixer import Mixer
-from distopt.gossip.mixing.rule import Mixing, State, Surroundings, averaged
+from distopt.gossip.mixing.rule import Mixing, State, Surroundings, average_
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class QuasiGlobalMomentum(Mixing, name="quasi-global-momentum"):
         self, state: State, rows: Tensor, mixer: Mixer, lr: Tensor | float, correction: Correction | None
     ) -> None:
         """See `Mixing.exchange_`."""
-        rows.copy_(averaged(rows, mixer, correction))
+        average_(rows, mixer, correction)
         went = _quotient(state["before"] - rows, lr * int(state["steps"]))
         state["momentum"].mul_(self.beta).add_(went, alpha=1 - self.beta)
         state["before"].copy_(rows)

@@ -90,10 +90,10 @@ class Mixing(Configurable, tag="mixing"):
         """
 
 
-def averaged(rows: Tensor, mixer: Mixer, correction: Correction | None) -> Tensor:
-    """`W rows`, corrected if that is asked for."""
+def average_(rows: Tensor, mixer: Mixer, correction: Correction | None) -> None:
+    """`W rows` in their place, corrected if that is asked for."""
     if correction is None:
-        return mixer.mix(rows)[0]
-    mixed, targets = mixer.mix(rows, correction.variances(rows))
-    correction.restore_(mixed, targets, mixer.squares)
-    return mixed
+        mixer.mix_(rows)
+        return
+    (targets,) = mixer.mix_(rows, correction.variances(rows))
+    correction.restore_(rows, targets, mixer.squares)

@@ -13,6 +13,9 @@ from distopt.ops import weighted_sum_
 
 _TAGS_PER_ROUND = 64
 _MOST_TAGS = 1 << 30
+_MOST_PIECES = 16  # of a row that is averaged while it arrives
+_PIECE_BYTES = 4 << 20  # at least
+_BLOCK = 1 << 16  # elements that are averaged at a time: they stay in the cache
 
 
 class BrokenError(Exception):
@@ -90,6 +93,45 @@ class RankMixer:
             mixed.append(self._averaged(row, [each[index] for each in arrived], weights))
         return tuple(mixed)
 
+    def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """See `Mixer.mix_`. Averages what has arrived while the rest is under way, and makes no copy."""
+        if rows.is_cuda or rows.dtype != torch.float32 or not rows.is_contiguous() or not rows.numel():
+            mixed, *rest = self.mix(rows, *others)
+            rows.copy_(mixed)
+            return tuple(rest)
+        broken: set[int] = set()
+        row = rows.view(-1)
+        pieces = row.chunk(max(1, min(_MOST_PIECES, row.nbytes // _PIECE_BYTES)))
+        arriving = [
+            self._staging.like((self._operations, sender, 0), row).split(len(pieces[0])) for sender in self._senders
+        ]
+        self._operations += 1
+        told, beside = self._begin_swap([each.reshape(-1) for each in others], broken)
+        works: list[list[tuple[int, Any]]] = []
+        for index, piece in enumerate(pieces):
+            works.append([])
+            self._exchange_piece(works[-1], broken, piece, [each[index] for each in arriving])
+        scratch = self._staging.like("scratch", row[:_BLOCK])
+        for index, piece in enumerate(pieces):
+            self._wait(works[index], broken)
+            if not broken and self._weights[self._place] != 1.0:
+                self._average_(piece, [each[index] for each in arriving], scratch)
+        self._wait(beside, broken)
+        if broken:
+            raise BrokenError(sorted(broken))
+        return tuple(
+            self._averaged(each, [buffers[index] for buffers in told], self._weights)
+            for index, each in enumerate(others)
+        )
+
+    def _average_(self, piece: Tensor, others: Sequence[Tensor], scratch: Tensor) -> None:
+        parts = [float(self._weights[self._place]), *(float(self._weights[sender]) for sender in self._senders)]
+        for start in range(0, len(piece), _BLOCK):
+            own = piece[start : start + _BLOCK]
+            out = scratch[: len(own)]
+            weighted_sum_(out, [own, *(other[start : start + _BLOCK] for other in others)], parts)
+            own.copy_(out)
+
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_coded`."""
         width = rows.shape[1]
@@ -109,6 +151,15 @@ class RankMixer:
 
     def _swap(self, rows: Sequence[Tensor]) -> list[list[Tensor]]:
         """What each sender has sent for each of the rows."""
+        broken: set[int] = set()
+        arrived, works = self._begin_swap(rows, broken)
+        self._wait(works, broken)
+        if broken:
+            raise BrokenError(sorted(broken))
+        return arrived
+
+    def _begin_swap(self, rows: Sequence[Tensor], broken: set[int]) -> tuple[list[list[Tensor]], list[tuple[int, Any]]]:
+        """Where what each sender sends for each of the rows will be, and what must be waited for."""
         outgoing = [self._to_send(index, row) for index, row in enumerate(rows)]
         arrived = [
             [self._staging.like((self._operations, sender, index), row) for index, row in enumerate(outgoing)]
@@ -116,15 +167,23 @@ class RankMixer:
         ]
         self._operations += 1
         works: list[tuple[int, Any]] = []
-        broken: set[int] = set()
         for index, row in enumerate(outgoing):
             if row.numel():
-                for sender, buffers in zip(self._senders, arrived, strict=True):
-                    self._begin(works, broken, sender, self._group.recv, buffers[index])
-                for receiver in self._receivers:
-                    self._begin(works, broken, receiver, self._group.send, row)
-                    self.bytes_sent += row.nbytes
-                self._tag += 1
+                self._exchange_piece(works, broken, row, [buffers[index] for buffers in arrived])
+        return arrived, works
+
+    def _exchange_piece(
+        self, works: list[tuple[int, Any]], broken: set[int], piece: Tensor, arriving: Sequence[Tensor]
+    ) -> None:
+        """Begins to send it to all receivers and to take as much of each sender."""
+        for sender, buffer in zip(self._senders, arriving, strict=True):
+            self._begin(works, broken, sender, self._group.recv, buffer)
+        for receiver in self._receivers:
+            self._begin(works, broken, receiver, self._group.send, piece)
+            self.bytes_sent += piece.nbytes
+        self._tag += 1
+
+    def _wait(self, works: Sequence[tuple[int, Any]], broken: set[int]) -> None:
         for place, work in works:
             try:
                 work.wait(self._patience)  # else it is the time for the group's connections
@@ -132,9 +191,6 @@ class RankMixer:
                 if "imed out" in str(error):
                     raise SilentError(place) from None
                 broken.add(place)
-        if broken:
-            raise BrokenError(sorted(broken))
-        return arrived
 
     def _begin(
         self, works: list[tuple[int, Any]], broken: set[int], place: int, operation: Callable[..., Any], buffer: Tensor
