@@ -65,14 +65,14 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def job(hosts: int, rate: str, spec: dict, deadline_s: int, *, pinned: bool) -> dict:
+def job(hosts: int, rate: str, spec: dict, deadline_s: int, *, pinned: bool, worker: str = "link_worker.py") -> dict:
     """Runs the worker on a cluster of its own. Returns its result, or {"failed": the end of the log}."""
     with tempfile.TemporaryDirectory() as folder:
         task, result, logs = Path(folder, "task.json"), Path(folder, "result.json"), Path(folder, "logs")
         task.write_text(json.dumps({**spec, "result": str(result)}))
         command = ["bash", CLUSTER, "--name", "bench", "--deadline", deadline_s, "--grace", 5, "--logs", logs]
         command += [] if pinned else ["--unpinned"]
-        command += ["once", hosts, rate, "--", REPOSITORY / "benchmarks" / "link_worker.py", task]
+        command += ["once", hosts, rate, "--", REPOSITORY / "benchmarks" / worker, task]
         environment = {
             **os.environ,
             **ALLOCATOR,
