@@ -6,7 +6,7 @@ Four hosts (network namespaces, launch/netns_cluster.sh) with 100 Mbit/s each wa
 784-128-64-10 of 109,386 parameters, SGD with momentum 0.9, batches of 128 per rank, each rank with a random quarter of
 the images, all from the same start. DDP averages gradients in every step; gossip averages models on the one-peer
 exponential graph, in every step or every fourth, after the step (synchronous) or while the next ones are computed
-(overlapped). All take equally many steps with the same rate.
+(overlapped). All take equally many steps with the same rate, which falls to nothing in the last third.
 
 Accuracy is the mean over the ranks of the test accuracy of each rank's own model; seconds are those of the steps, and
 of taking in what was under way at the end of each block, without evaluation; bytes are those that the interface of

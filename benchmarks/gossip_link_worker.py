@@ -64,7 +64,7 @@ def sent_bytes() -> int:
 class Training:
     """A model that is trained in one way."""
 
-    def __init__(self, data: datasets.Dataset, way: Way, seed: int) -> None:
+    def __init__(self, data: datasets.Dataset, way: Way, seed: int, num_steps: int) -> None:
         torch.manual_seed(seed)
         self.module = nn.Sequential(
             nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -72,6 +72,10 @@ class Training:
         self._data = data
         self._model: nn.Module = self.module if way.gossip else DistributedDataParallel(self.module)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LR, momentum=MOMENTUM)
+        decay = num_steps // 3  # down to nothing in the last third
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: min(1.0, (num_steps - step) / max(1, decay))
+        )
         self._attached = way.gossip.attach(self.module, self._optimizer) if way.gossip else None
         order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
         parts = [part.numpy() for part in order.tensor_split(dist.get_world_size())]
@@ -84,6 +88,7 @@ class Training:
             self._optimizer.zero_grad()
             nn.functional.cross_entropy(self._model(images), labels).backward()
             self._optimizer.step()
+            self._schedule.step()
             self._steps += 1
 
     def settle(self) -> None:
@@ -104,7 +109,7 @@ class Training:
 
 
 def train(data: datasets.Dataset, way: Way, spec: dict[str, Any]) -> dict[str, Any]:
-    training = Training(data, way, spec["seed"])
+    training = Training(data, way, spec["seed"], spec["steps"])
     seconds, nbytes, curve = 0.0, 0, []
     for done in range(0, spec["steps"], spec["evaluate_every"]):
         dist.barrier()
@@ -150,7 +155,7 @@ def hidden(events: Iterable[Any]) -> dict[str, float]:
 
 
 def profile(data: datasets.Dataset, way: Way, spec: dict[str, Any], *, keep: bool) -> dict[str, float]:
-    training = Training(data, way, spec["seed"])
+    training = Training(data, way, spec["seed"], spec["steps"])
     training.steps(WARMUP_STEPS)
     dist.barrier()
     everybody = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)

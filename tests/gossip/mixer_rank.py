@@ -1,0 +1,30 @@
+"""What ranks run for the tests of their exchange."""
+
+import torch
+import torch.distributed as dist
+
+from distopt.gossip.ranks import rank_mixer
+from distopt.gossip.topology import Topology
+
+
+def mixed_both_ways(described, numel):
+    """Whether averaging in place makes what `mix` makes, bit for bit, and both what the weights say."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    graph = Topology.from_dict(described).graph(size)
+    everything = torch.randn(size, numel, generator=torch.Generator().manual_seed(0))
+    beside = torch.arange(size, dtype=torch.float64).view(size, 1).expand(size, 3)
+    kept = rank_mixer._PIECE_BYTES, rank_mixer._BLOCK
+    rank_mixer._PIECE_BYTES, rank_mixer._BLOCK = 4096, 1000  # so that there are many, and some that are not full
+    try:
+        staging, rows = rank_mixer.Staging(), everything[rank : rank + 1].clone()
+        first, second = (
+            rank_mixer.RankMixer(dist.group.WORLD, rank, graph, number, staging, 60.0) for number in range(2)
+        )
+        apart, told = first.mix(rows, beside[rank : rank + 1])
+        (also_told,) = second.mix_(rows, beside[rank : rank + 1])
+    finally:
+        rank_mixer._PIECE_BYTES, rank_mixer._BLOCK = kept
+    weights = torch.from_numpy(graph.weights.copy())
+    torch.testing.assert_close(rows, (weights @ everything.double())[rank : rank + 1].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(also_told, (weights @ beside)[rank : rank + 1], rtol=1e-12, atol=1e-12)
+    return torch.equal(apart, rows) and torch.equal(told, also_told), first.bytes_sent - second.bytes_sent
