@@ -12,7 +12,7 @@ def mixed_both_ways(described, numel):
     rank, size = dist.get_rank(), dist.get_world_size()
     graph = Topology.from_dict(described).graph(size)
     everything = torch.randn(size, numel, generator=torch.Generator().manual_seed(0))
-    beside = torch.arange(size, dtype=torch.float64).view(size, 1).expand(size, 3)
+    beside = torch.arange(size, dtype=torch.float64).view(size, 1).repeat(1, 3)
     kept = rank_mixer._PIECE_BYTES, rank_mixer._BLOCK
     rank_mixer._PIECE_BYTES, rank_mixer._BLOCK = 4096, 1000  # so that there are many, and some that are not full
     try:
