@@ -25,10 +25,7 @@ class Mixer(Protocol):
         """
 
     def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """`W rows` in their own place, and new `W others`; all in one message.
-
-        Where a rank is lost meanwhile, a part of the row may be averaged already.
-        """
+        """`W rows` in their own place, and new `W others`; all in one message. If it fails, the rows are as before."""
 
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """What decoding makes of the code of each row (n, k), and the averages of that over the ranks, (n, k)."""

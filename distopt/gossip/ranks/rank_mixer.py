@@ -94,17 +94,16 @@ class RankMixer:
         return tuple(mixed)
 
     def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """See `Mixer.mix_`. Averages what has arrived while the rest is under way, and makes no copy."""
-        if rows.is_cuda or rows.dtype != torch.float32 or not rows.is_contiguous() or not rows.numel():
+        """See `Mixer.mix_`. Averages what has arrived while the rest is under way, in kept memory."""
+        if rows.is_cuda or rows.dtype != torch.float32 or not (rows.is_contiguous() and rows.numel() and self._senders):
             mixed, *rest = self.mix(rows, *others)
             rows.copy_(mixed)
             return tuple(rest)
         broken: set[int] = set()
         row = rows.view(-1)
         pieces = row.chunk(max(1, min(_MOST_PIECES, row.nbytes // _PIECE_BYTES)))
-        arriving = [
-            self._staging.like((self._operations, sender, 0), row).split(len(pieces[0])) for sender in self._senders
-        ]
+        buffers = [self._staging.like((self._operations, sender, 0), row) for sender in self._senders]
+        arriving = [buffer.split(max(1, len(pieces[0]))) for buffer in buffers]
         self._operations += 1
         told, beside = self._begin_swap([each.reshape(-1) for each in others], broken)
         works: list[list[tuple[int, Any]]] = []
@@ -114,23 +113,25 @@ class RankMixer:
         scratch = self._staging.like("scratch", row[:_BLOCK])
         for index, piece in enumerate(pieces):
             self._wait(works[index], broken)
-            if not broken and self._weights[self._place] != 1.0:
-                self._average_(piece, [each[index] for each in arriving], scratch)
+            if not broken:
+                self._average_arrived_(piece, [each[index] for each in arriving], scratch)
         self._wait(beside, broken)
         if broken:
             raise BrokenError(sorted(broken))
+        row.copy_(buffers[0])  # only now: an exchange that breaks changes nothing
         return tuple(
-            self._averaged(each, [buffers[index] for buffers in told], self._weights)
+            self._averaged(each, [told_by[index] for told_by in told], self._weights)
             for index, each in enumerate(others)
         )
 
-    def _average_(self, piece: Tensor, others: Sequence[Tensor], scratch: Tensor) -> None:
+    def _average_arrived_(self, own: Tensor, others: Sequence[Tensor], scratch: Tensor) -> None:
+        """Puts the average where the first of the others has arrived, block by block: they are still in the cache."""
         parts = [float(self._weights[self._place]), *(float(self._weights[sender]) for sender in self._senders)]
-        for start in range(0, len(piece), _BLOCK):
-            own = piece[start : start + _BLOCK]
-            out = scratch[: len(own)]
-            weighted_sum_(out, [own, *(other[start : start + _BLOCK] for other in others)], parts)
-            own.copy_(out)
+        for start in range(0, len(own), _BLOCK):
+            rows = [each[start : start + _BLOCK] for each in (own, *others)]
+            average = scratch[: len(rows[0])]
+            weighted_sum_(average, rows, parts)
+            rows[1].copy_(average)
 
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_coded`."""
