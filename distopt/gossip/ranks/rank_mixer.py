@@ -95,7 +95,7 @@ class RankMixer:
 
     def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """See `Mixer.mix_`. Averages what has arrived while the rest is under way, in kept memory."""
-        if rows.is_cuda or rows.dtype != torch.float32 or not (rows.is_contiguous() and rows.numel() and self._senders):
+        if rows.is_cuda or rows.dtype != torch.float32 or not (rows.is_contiguous() and rows.numel()):
             mixed, *rest = self.mix(rows, *others)
             rows.copy_(mixed)
             return tuple(rest)
@@ -113,12 +113,15 @@ class RankMixer:
         scratch = self._staging.like("scratch", row[:_BLOCK])
         for index, piece in enumerate(pieces):
             self._wait(works[index], broken)
-            if not broken:
+            if not broken and arriving:
                 self._average_arrived_(piece, [each[index] for each in arriving], scratch)
         self._wait(beside, broken)
         if broken:
             raise BrokenError(sorted(broken))
-        row.copy_(buffers[0])  # only now: an exchange that breaks changes nothing
+        if buffers:
+            row.copy_(buffers[0])  # only now: an exchange that breaks changes nothing
+        else:
+            row.mul_(float(self._weights[self._place]))
         return tuple(
             self._averaged(each, [told_by[index] for told_by in told], self._weights)
             for index, each in enumerate(others)
