@@ -94,7 +94,7 @@ class RankMixer:
         return tuple(mixed)
 
     def mix_(self, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """See `Mixer.mix_`. Averages what has arrived while the rest is under way, in kept memory."""
+        """See `Mixer.mix_`. Averages what has arrived while the rest is under way, and undoes that if it breaks."""
         if rows.is_cuda or rows.dtype != torch.float32 or not (rows.is_contiguous() and rows.numel()):
             mixed, *rest = self.mix(rows, *others)
             rows.copy_(mixed)
@@ -102,8 +102,9 @@ class RankMixer:
         broken: set[int] = set()
         row = rows.view(-1)
         pieces = row.chunk(max(1, min(_MOST_PIECES, row.nbytes // _PIECE_BYTES)))
-        buffers = [self._staging.like((self._operations, sender, 0), row) for sender in self._senders]
-        arriving = [buffer.split(max(1, len(pieces[0]))) for buffer in buffers]
+        arriving = [
+            self._staging.like((self._operations, sender, 0), row).split(len(pieces[0])) for sender in self._senders
+        ]
         self._operations += 1
         told, beside = self._begin_swap([each.reshape(-1) for each in others], broken)
         works: list[list[tuple[int, Any]]] = []
@@ -111,16 +112,21 @@ class RankMixer:
             works.append([])
             self._exchange_piece(works[-1], broken, piece, [each[index] for each in arriving])
         scratch = self._staging.like("scratch", row[:_BLOCK])
-        for index, piece in enumerate(pieces):
-            self._wait(works[index], broken)
-            if not broken and arriving:
-                self._average_arrived_(piece, [each[index] for each in arriving], scratch)
-        self._wait(beside, broken)
-        if broken:
-            raise BrokenError(sorted(broken))
-        if buffers:
-            row.copy_(buffers[0])  # only now: an exchange that breaks changes nothing
-        else:
+        averaged = 0
+        try:
+            for index, piece in enumerate(pieces):
+                self._wait(works[index], broken)
+                if not broken and arriving:
+                    self._average_arrived_(piece, [each[index] for each in arriving], scratch)
+                    averaged += 1
+            self._wait(beside, broken)
+            if broken:
+                raise BrokenError(sorted(broken))
+        except BaseException:
+            for piece, before in zip(pieces[:averaged], arriving[0][:averaged] if arriving else (), strict=True):
+                piece.copy_(before)
+            raise
+        if not arriving:
             row.mul_(float(self._weights[self._place]))
         return tuple(
             self._averaged(each, [told_by[index] for told_by in told], self._weights)
@@ -128,13 +134,17 @@ class RankMixer:
         )
 
     def _average_arrived_(self, own: Tensor, others: Sequence[Tensor], scratch: Tensor) -> None:
-        """Puts the average where the first of the others has arrived, block by block: they are still in the cache."""
-        parts = [float(self._weights[self._place]), *(float(self._weights[sender]) for sender in self._senders)]
+        """Averages in place, and leaves what was there where the first of the others has arrived.
+
+        Block by block: what has arrived is still in the cache.
+        """
         for start in range(0, len(own), _BLOCK):
-            rows = [each[start : start + _BLOCK] for each in (own, *others)]
-            average = scratch[: len(rows[0])]
-            weighted_sum_(average, rows, parts)
-            rows[1].copy_(average)
+            row, *rest = (each[start : start + _BLOCK] for each in (own, *others))
+            average = torch.mul(row, float(self._weights[self._place]), out=scratch[: len(row)])
+            for sender, other in zip(self._senders, rest, strict=True):
+                average.add_(other, alpha=float(self._weights[sender]))
+            rest[0].copy_(row)
+            row.copy_(average)
 
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_coded`."""
