@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.comm import agree, end_quietly, gather_json, raise_together
+from distopt.comm import agree, end_quietly, gather_json, parse_address, raise_together
 from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
-from distopt.gossip.flat import group, trained
+from distopt.gossip.flat import check_averaged, group, trained
 from distopt.gossip.mixing.rule import Mixing, Surroundings
 from distopt.gossip.participant import AtOnce, Participant
 from distopt.gossip.ranks.background import Background, streams_of
@@ -65,20 +65,29 @@ class GossipAttachment:
         self.process_group = None if join is not None else _group(process_group)
         self._optimizer, self._scaler = optimizer, scaler
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
-        self._assembly = self._introduce(model, interface or own_address(self.process_group), join)
+        towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
+        if join is not None:
+            towards = parse_address(join).host
+        self._assembly = self._introduce(model, interface or own_address(towards), join)
         self._vectors = group(trained(model))
-        self._exchange = Exchange(
-            self._assembly, lambda members: self._among(members).topology, self._regroup, is_new=join is not None
-        )
-        self._participant = Participant(
-            algorithm,
-            self._among(self._exchange.members),
-            self._rows,
-            [each.segments for each in self._vectors],
-            self._exchange.perform,
-            AtOnce if algorithm.exchange == "synchronous" else partial(Background, streams=streams_of(self._rows)),
-        )
-        self._exchange.begin()
+        try:
+            self._exchange = Exchange(
+                self._assembly, lambda members: self._among(members).topology, self._regroup, is_new=join is not None
+            )
+            self._participant = Participant(
+                algorithm,
+                self._among(self._exchange.members),
+                self._rows,
+                [each.segments for each in self._vectors],
+                self._exchange.perform,
+                AtOnce if algorithm.exchange == "synchronous" else partial(Background, streams=streams_of(self._rows)),
+            )
+            self._exchange.begin()
+        except BaseException:
+            self._assembly.close(farewell=False)
+            for each in self._vectors:
+                each.release()
+            raise
         self._exchanges = 0
         self._given = {id(p) for each in optimizer.param_groups for p in each["params"]}
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
@@ -236,7 +245,7 @@ class GossipAttachment:
                 "each rank its own file"
             )
         self._participant.load_state_dict(state_dict["ranks"][self._assembly.number])
-        self._exchange.round = int(state_dict["round"])
+        self._exchange.go_to(int(state_dict["round"]))
         self._gather()
 
     def raise_together(self, problem: DistoptError | None) -> None:
@@ -359,9 +368,25 @@ class GossipAttachment:
             return Assembly(0, interface, facts=own, job=job, **timing)
         agree(own, problem, self.process_group, _CPU)
         job = gather_json(job, self.process_group, _CPU)[0]
-        assembly = Assembly(self.process_group.rank(), interface, facts=own, job=job, **timing)
-        told = gather_json(list(assembly.address), self.process_group, _CPU)
-        assembly.begin({rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)})
+        assembly = None
+        try:
+            assembly = Assembly(self.process_group.rank(), interface, facts=own, job=job, **timing)
+        except DistoptError as error:
+            problem = error
+        try:
+            raise_together(problem, self.process_group, _CPU, what="cannot attach")
+            assert assembly is not None
+            told = gather_json(list(assembly.address), self.process_group, _CPU)
+            assembly.begin({rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)})
+            try:
+                assembly.greet()
+            except PeerLostError as error:
+                problem = error
+            raise_together(problem, self.process_group, _CPU, what="cannot attach")
+        except BaseException:
+            if assembly is not None:
+                assembly.close(farewell=False)
+            raise
         return assembly
 
     def _facts(self, model: nn.Module, *, joins: bool) -> dict[str, Any]:
@@ -371,6 +396,7 @@ class GossipAttachment:
                 "that it wraps (model.module), and do not wrap it"
             )
         parameters = trained(model)
+        check_averaged(parameters)
         taken = {id(p) for each in _AT_WORK if each._attached for group in each._vectors for p in group.parameters}
         if found := [name for name, p in parameters.items() if id(p) in taken]:
             raise CompatibilityError(
@@ -462,14 +488,13 @@ def _by_dtype(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor
     return rows, list(kinds.values())
 
 
-def own_address(group: dist.ProcessGroup | None) -> str:
-    """The address of this machine on the way to the job's first rank; the loopback's where there is no other."""
-    host = os.environ.get("MASTER_ADDR")
-    if group is None or host is None:
+def own_address(towards: str | None) -> str:
+    """The address of this machine on the way to that host; the loopback's where there is no other."""
+    if towards is None:
         return "127.0.0.1"
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: the kernel says which way it would go
+            probe.connect((towards, 9))  # sends nothing: the kernel says which way it would go
             return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"

@@ -106,7 +106,7 @@ class Gossip(Algorithm, name="gossip"):
             ConfigError: The configuration cannot work with so many ranks.
             CompatibilityError: The model or optimizer cannot be combined with this algorithm.
             DesyncError: The ranks have different versions, configurations or models; names both.
-            PeerLostError: Nobody answers at `join`.
+            PeerLostError: Nobody answers at `join`, or a rank cannot reach another.
         """
         from distopt.gossip.attachment import GossipAttachment  # which imports this module
 

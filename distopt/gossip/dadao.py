@@ -162,6 +162,11 @@ def edge_rates(graph: Graph, rates: Mapping[Edge, float] | None = None) -> tuple
     total = sum(shares.values())
     shares = {edge: share / total for edge, share in shares.items()}
     chi1, chi2 = chis(laplacian(graph.num_ranks, shares))
+    if math.isinf(chi1):
+        raise ConfigError(
+            f"edges with a rate must join all {graph.num_ranks} ranks, got {list(shares)!r:.200}; add edges between "
+            "them"
+        )
     rate = math.sqrt(2 * chi1 * chi2)
     return {edge: share * rate for edge, share in shares.items()}, chi1 / rate
 
@@ -175,6 +180,7 @@ def prepare(
 ) -> tuple[dict[Edge, float], DadaoConstants]:
     """The rates of the edges and the constants of a job; see `simulate_dadao` for arguments and errors."""
     made = make_topology(topology)
+    check_count("the number of ranks", num_ranks, low=2, remedy="minimise one function by gradient descent")
     if made.period(num_ranks) != 1:
         raise ConfigError(f"DADAO needs the same graph in every round, got {made.name!r}; use 'ring', say")
     per_edge, chi1 = edge_rates(made.graph(num_ranks), rates)

@@ -184,12 +184,8 @@ class FlatParameters:
                 parameter.data = view.clone()
 
 
-def group(parameters: Mapping[str, nn.Parameter]) -> list[FlatParameters]:
-    """A vector for each dtype and device, in the order in which they come.
-
-    Raises:
-        CompatibilityError: A parameter cannot be averaged.
-    """
+def check_averaged(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises `CompatibilityError` if a parameter cannot be averaged."""
     for name, parameter in parameters.items():
         if not parameter.is_floating_point() or parameter.layout != torch.strided:
             raise CompatibilityError(
@@ -201,6 +197,10 @@ def group(parameters: Mapping[str, nn.Parameter]) -> list[FlatParameters]:
                 f"parameters must be whole on every rank, got {name!r} as a DTensor; gossip between replicas that are "
                 "not sharded"
             )
+
+
+def group(parameters: Mapping[str, nn.Parameter]) -> list[FlatParameters]:
+    """A vector for each dtype and device, in the order in which they come; `check_averaged` first."""
     kinds: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         kinds.setdefault((parameter.dtype, parameter.device), {})[name] = parameter

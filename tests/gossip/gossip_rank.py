@@ -1,6 +1,7 @@
 """What ranks run for the gossip tests."""
 
 import copy
+import os
 
 import numpy as np
 import torch
@@ -242,9 +243,18 @@ def refused(case):
             from distopt.gossip import EdgeList
 
             Gossip(topology=EdgeList(edges=((0, 1), (1, 2)))).attach(model, optimizer)
+        elif case == "another secret on rank 1":
+            os.environ["DISTOPT_JOB_SECRET"] = (
+                "rank 1 has this secret" if rank else "and rank 0 another"
+            )
+            gossip.attach(model, optimizer)
+        elif case == "no address of rank 1":
+            gossip.attach(model, optimizer, interface="192.0.2.1" if rank else None)
         elif case == "complex":
             model = nn.Linear(2, 2, dtype=torch.complex64)
             gossip.attach(model, make_optimizer(model.parameters()))
     except DistoptError as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        os.environ.pop("DISTOPT_JOB_SECRET", None)
     return "nothing"

@@ -131,3 +131,14 @@ def test_bad_input():
         edge_rates(EdgeList(edges=((0, 1), (1, 2))).graph(3), {(0, 2): 1.0})
     with pytest.raises(ConfigError, match=r"strong_convexity must be a positive number of at most the smoothness"):
         DadaoConstants(smoothness=1.0, strong_convexity=2.0, chi1=1.0)
+
+
+def test_a_graph_in_parts_is_refused():
+    problem = ridge(4, 2, 10)
+    apart = EdgeList(edges=((0, 1), (2, 3)))
+    with pytest.raises(ConfigError, match=r"edges with a rate must join all 4 ranks, got \[\(0, 1\), \(2, 3\)\]"):
+        simulate_dadao(**problem, topology=apart, num_gradients=1)
+    with pytest.raises(ConfigError, match=r"edges with a rate must join all 4 ranks, got \[\(0, 1\)\]"):
+        simulate_dadao(**problem, topology="ring", rates={(0, 1): 1.0}, num_gradients=1)
+    with pytest.raises(ConfigError, match="the number of ranks must be"):
+        simulate_dadao(**ridge(1, 2, 10), topology="ring", num_gradients=1)

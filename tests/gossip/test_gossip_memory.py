@@ -2,13 +2,15 @@
 
 import copy
 import io
+import socket
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from distopt.errors import CompatibilityError
-from distopt.gossip import Gossip
+from distopt.errors import CompatibilityError, PeerLostError
+from distopt.gossip import Gossip, attachment
 
 
 class Words(nn.Module):
@@ -198,3 +200,69 @@ def test_the_ratio_is_in_the_numbers_where_something_is_corrected():
     step(model, optimizer)
     assert attached.stats()["variance_ratio"] is None
     attached.detach()
+
+
+def test_who_is_refused_leaves_nothing_behind():
+    before = set(threading.enumerate())
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(CompatibilityError, match="of a floating dtype, got 'weight'"):
+        Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_failure_after_the_ranks_have_met_leaves_nothing_behind(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("not now")
+
+    before = set(threading.enumerate())
+    model = nn.Linear(2, 2)
+    monkeypatch.setattr("distopt.gossip.attachment.Participant", fails)
+    with pytest.raises(RuntimeError, match="not now"):
+        Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert set(threading.enumerate()) <= before
+    assert storages(model) == 2
+
+
+def test_an_older_checkpoint_is_gone_on_from_also_after_a_later_meeting():
+    model, optimizer, attached = make()
+    state = copy.deepcopy(attached.state_dict())
+    for _ in range(3):
+        step(model, optimizer)
+    exchange = attached._exchange
+    with exchange._turn:
+        exchange._find_crew()
+    step(model, optimizer)
+    attached.load_state_dict(state)
+    made = []
+    exchange.perform(made.append)
+    assert len(made) == 1
+    assert exchange.round == 1
+    attached.detach()
+
+
+def test_the_own_address_is_that_on_the_way_to_the_others(monkeypatch):
+    asked = []
+
+    class Probe(socket.socket):
+        def connect(self, address):
+            asked.append(address[0])
+            super().connect(("127.0.0.1", address[1]))
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert attachment.own_address("192.0.2.7") == "127.0.0.1"
+    assert asked == ["192.0.2.7"]
+    assert attachment.own_address(None) == "127.0.0.1"
+
+
+def test_who_joins_looks_for_the_way_to_whom_it_joins(monkeypatch):
+    towards = []
+
+    def found(host):
+        towards.append(host)
+        return "127.0.0.1"
+
+    monkeypatch.setattr(attachment, "own_address", found)
+    model = nn.Linear(2, 2)
+    with pytest.raises(PeerLostError, match=r"there must be a rank of the job at 127\.0\.0\.9:9"):
+        Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1), join="127.0.0.9:9")
+    assert towards == ["127.0.0.9"]

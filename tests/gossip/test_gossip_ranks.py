@@ -113,6 +113,8 @@ def test_consensus_distance(ranks):
         ("another model on rank 1", ["DesyncError: every rank must attach with the same model"] * 2),
         ("another configuration on rank 1", ["DesyncError: every rank must attach with the same configuration"] * 2),
         ("wrong number of ranks", ["ConfigError: the graph and the job must have equally many ranks, got 3 and 2"] * 2),
+        ("another secret on rank 1", ["PeerLostError: rank . must reach rank .*the same DISTOPT_JOB_SECRET"] * 2),
+        ("no address of rank 1", ["rank 1 cannot attach: cannot listen on 192", "ConfigError: cannot listen on 192"]),
         ("complex", ["CompatibilityError: parameters must be dense and of a floating dtype, got 'weight'"] * 2),
     ],
 )

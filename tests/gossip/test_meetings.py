@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
+from distopt.errors import PeerLostError
 from distopt.gossip import Complete
 from distopt.gossip.ranks import board as boards
 from distopt.gossip.ranks import group as groups
 from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
-from distopt.gossip.ranks.crew import Assembly
+from distopt.gossip.ranks.crew import Assembly, VoidError
 from distopt.gossip.ranks.rank_mixer import RankMixer, SilentError, Staging
 
 SECRET, OTHER = b"a secret of a test, and long enough", b"another one, which is as long as it"
@@ -201,3 +202,49 @@ def test_an_exchange_waits_for_as_long_as_it_may_and_not_only_as_for_connections
     assert found[0].tolist() == found[1].tolist() == [[0.5, 0.5, 0.5]]
     with pytest.raises(SilentError):
         RankMixer(crews[0].group, 0, Complete().graph(2), 1, Staging(), 0.1).mix(torch.zeros(1, 3))
+
+
+def asked(ranks, crews, value=float):
+    """What members hear who ask for the largest of their values at the same time."""
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: ranks.all[n].largest(crews[n], "round", value(n))}))
+        for n in crews
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [(2,)], indirect=True)
+def test_who_asks_again_because_others_come_late_hears_the_same_as_they(ranks):
+    crews = ranks.meet(0, 1)
+    ranks.all[0]._patience_s = 0.1
+    with pytest.raises(VoidError):
+        ranks.all[0].largest(crews[0], "round", 0.0)
+    ranks.all[0]._patience_s = 30.0
+    assert asked(ranks, crews) == {0: 1.0, 1: 1.0}
+    assert asked(ranks, crews, lambda n: 7.0 - n) == {0: 7.0, 1: 7.0}
+
+
+@pytest.mark.parametrize("ranks", [(1,)], indirect=True)
+def test_a_board_does_not_keep_what_nobody_asks_for_any_more(ranks):
+    (crew,) = ranks.meet(0).values()
+    kept = ranks.all[0]._meetings._past[crew.window].values
+    lengths = []
+    for _ in range(6):
+        ranks.all[0].largest(crew, "round", 1.0)
+        lengths.append(len(kept))
+    assert lengths[-1] == lengths[1]
+
+
+def test_a_rank_that_hears_another_not_says_where_it_should_be(ranks):
+    for each in ranks.all.values():
+        each.greet()
+    ranks.all[0].close(farewell=False)
+    ranks.all[2].close(farewell=False)
+    host, port = ranks.all[0].address
+    with pytest.raises(PeerLostError, match=rf"rank 1 must reach rank 0 at {host}:{port}, .*interface=.*JOB_SECRET"):
+        ranks.all[1].greet()

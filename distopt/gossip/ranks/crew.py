@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distopt.comm import parse_address, read_secret
+from distopt.comm.secret import SECRET
 from distopt.errors import DesyncError, PeerLostError
 from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
 from distopt.gossip.ranks.group import BoardStore, form_group
@@ -23,6 +24,7 @@ from distopt.gossip.ranks.meetings import Meetings, say_goodbye
 from distopt.gossip.ranks.roster import Address, Roster
 
 _ASKED_AT_ONCE = 4  # of the lowest ranks, when a lead is looked for
+_GREETINGS = 3  # of a rank that must be there, before it counts as out of reach
 _AGAIN_S = 0.1
 
 
@@ -170,6 +172,36 @@ class Assembly:
         self._roster.learn(addresses)
         self._roster.expect(tuple(sorted(addresses)))
 
+    def greet(self) -> None:
+        """Asks the lowest rank and the next one, so that each rank is asked: a rank out of reach would go on alone.
+
+        Raises:
+            PeerLostError: One of them does not answer, or is of another job.
+        """
+        known = self._roster.known
+        numbers = sorted(known)
+        following = numbers[(numbers.index(self.number) + 1) % len(numbers)]
+        for number in sorted({numbers[0], following} - {self.number}):
+            if not self._hears(known[number]):
+                host, port = known[number]
+                raise PeerLostError(
+                    f"rank {self.number} must reach rank {number} at {host}:{port}, got no answer; let attach there "
+                    "have interface= the address of its machine that the others reach, and all ranks the same "
+                    f"{SECRET}, or none",
+                    [number],
+                )
+
+    def _hears(self, place: Address) -> bool:
+        for _ in range(_GREETINGS):
+            try:
+                said = ask(place, self._question("hello"), self._secret)
+            except GoneError:
+                return False
+            except UnreachableError:
+                continue
+            return isinstance(said, dict) and said.get("job") == self._roster.job
+        return False
+
     def meet(self, round_: int, *, new: bool = False, silent: Sequence[int] = ()) -> Crew:
         """The next crew. Blocks until it is there.
 
@@ -253,8 +285,13 @@ class Assembly:
         store = BoardStore(lambda question: self._ask_of(place, question), crew.window, self._patience_s)
         count = crew.asked[what] = crew.asked.get(what, 0) + 1
         prefix = f"{what}/{count}"
-        store.lay_down({f"{prefix}/{self.number}": value})
-        return max(map(float, store.await_all([f"{prefix}/{number}" for number in crew.members])))
+        # Who asks for this has heard all the values before these: nobody waits any more for those before them.
+        store.lay_down({f"{prefix}/{self.number}": value}, forget=f"{what}/{count - 2}/{self.number}")
+        try:
+            return max(map(float, store.await_all([f"{prefix}/{number}" for number in crew.members])))
+        except VoidError:
+            crew.asked[what] = count - 1  # it is asked for again: of others who come late, say
+            raise
 
     def _ask_of(self, place: Address, question: Mapping[str, Any]) -> Any:
         said = ask(place, {**self._question(""), **question}, self._secret, within_s=None)

@@ -99,6 +99,13 @@ class Exchange:
         """Who took part in the last exchange, or will in the next."""
         return self._members
 
+    def go_to(self, round_: int) -> None:
+        """The next exchange has this number, for all members alike: that of a checkpoint."""
+        with self._turn:
+            self.round = round_
+            if self._crew is not None:
+                self._crew.round = round_  # which may be later: nothing of this crew is to be left out
+
     def perform(self, act: Callable[[Mixer], None]) -> None:
         """One exchange: `act` with the round's mixer, again with those that are left if somebody goes meanwhile.
 

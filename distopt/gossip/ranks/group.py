@@ -23,9 +23,9 @@ class BoardStore(Store):
         self._ask, self._window, self._within_s = ask, window, within_s
         self._seen: dict[str, Any] = {}
 
-    def lay_down(self, values: Mapping[str, Any]) -> None:
-        """For the others, by key; anything that JSON can hold."""
-        self._ask({"kind": "put", "window": self._window, "values": dict(values)})
+    def lay_down(self, values: Mapping[str, Any], forget: str | None = None) -> None:
+        """For the others, by key; anything that JSON can hold. What lies under the key `forget` is taken away."""
+        self._ask({"kind": "put", "window": self._window, "values": dict(values), "forget": forget})
 
     def await_all(self, keys: Sequence[str]) -> list[Any]:
         """What was laid down under these keys, once all is there."""

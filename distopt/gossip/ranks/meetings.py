@@ -86,7 +86,7 @@ class Meetings:
         if kind == "post":
             return self._post(question, line)
         if kind == "put":
-            return self._put(int(question["window"]), question["values"])
+            return self._put(int(question["window"]), question["values"], question["forget"])
         if kind == "get":
             within_s = min(float(question["within_s"]), self._patience_s)
             return self._get(int(question["window"]), [str(key) for key in question["keys"]], within_s, line)
@@ -120,10 +120,12 @@ class Meetings:
         known = self._roster.known.get(number)
         return number < 0 or number in self._roster.left or (known is not None and known != address)
 
-    def _put(self, number: int, values: Mapping[str, Any]) -> bool:
+    def _put(self, number: int, values: Mapping[str, Any], forget: str | None) -> bool:
         with self._news:
             if number in self._past:
                 self._past[number].values.update(values)
+                if forget is not None:
+                    self._past[number].values.pop(forget, None)
                 self._news.notify_all()
                 return True
             return False
