@@ -44,11 +44,11 @@ def save(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
         directory: One for each checkpoint; made if it does not exist. Files of an earlier save with as many ranks are
             replaced.
     """
-    rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _stem(rank, num_ranks)
     state = attachment.state_dict()
+    rank, num_ranks = _place(attachment)  # only now: ranks may have gone while it was made
+    stem = _stem(rank, num_ranks)
     temporary = folder / f"{stem}.tmp"
     torch.save(state, temporary)
     digest = _digest(temporary)
@@ -75,7 +75,7 @@ def load(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
         StateMismatchError: A file is missing or damaged, or belongs to another model, algorithm or step.
         CompatibilityError: Another rank cannot load; quotes why.
     """
-    rank, num_ranks = attachment.process_group.rank(), attachment.process_group.size()
+    rank, num_ranks = _place(attachment)
     folder = Path(directory)
     loaded: list[dict[str, Any]] = []
     problem = None
@@ -137,6 +137,12 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
             node = node.setdefault(parent, {})
         node[last] = value
     attachment.load_state_dict(state)
+
+
+def _place(attachment: Saveable) -> tuple[int, int]:
+    """Its place among those that save together, and how many they are."""
+    place: tuple[int, int] | None = getattr(attachment, "place", None)  # of ranks that come and go
+    return (attachment.process_group.rank(), attachment.process_group.size()) if place is None else place
 
 
 def _dealt_out(saved_ranks: int, rank: int, num_ranks: int) -> list[int]:

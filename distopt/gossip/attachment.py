@@ -117,6 +117,12 @@ class GossipAttachment:
         host, port = self._assembly.address
         return f"{host}:{port}"
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of the ranks that take part now this one is, from 0, and how many they are: for names of files."""
+        members = self._exchange.members
+        return members.index(self._assembly.number), len(members)
+
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a collective.
 
@@ -222,7 +228,7 @@ class GossipAttachment:
             "world_size": len(self._exchange.members),
             "step": self._participant.steps,
             "round": self._exchange.round,
-            "ranks": {self._assembly.number: self._participant.state_dict()},
+            "ranks": {self.place[0]: self._participant.state_dict()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -239,12 +245,12 @@ class GossipAttachment:
                     f"the state and this run must agree in {name}, got {saved!r:.300} then and {own!r:.300} now; load "
                     "it into the configuration that it was saved from"
                 )
-        if self._assembly.number not in state_dict["ranks"]:
+        place, _ = self.place
+        if place not in state_dict["ranks"]:
             raise StateMismatchError(
-                f"rank {self._assembly.number} must load its own state, got {sorted(state_dict['ranks'])}; give "
-                "each rank its own file"
+                f"rank {place} must load its own state, got {sorted(state_dict['ranks'])}; give each rank its own file"
             )
-        self._participant.load_state_dict(state_dict["ranks"][self._assembly.number])
+        self._participant.load_state_dict(state_dict["ranks"][place])
         self._exchange.go_to(int(state_dict["round"]))
         self._gather()
 

@@ -244,9 +244,7 @@ def refused(case):
 
             Gossip(topology=EdgeList(edges=((0, 1), (1, 2)))).attach(model, optimizer)
         elif case == "another secret on rank 1":
-            os.environ["DISTOPT_JOB_SECRET"] = (
-                "rank 1 has this secret" if rank else "and rank 0 another"
-            )
+            os.environ["DISTOPT_JOB_SECRET"] = "rank 1 has this secret" if rank else "and rank 0 another"
             gossip.attach(model, optimizer)
         elif case == "no address of rank 1":
             gossip.attach(model, optimizer, interface="192.0.2.1" if rank else None)

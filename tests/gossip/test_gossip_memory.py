@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import distopt
 from distopt.errors import CompatibilityError, PeerLostError
 from distopt.gossip import Gossip, attachment
 
@@ -266,3 +267,19 @@ def test_who_joins_looks_for_the_way_to_whom_it_joins(monkeypatch):
     with pytest.raises(PeerLostError, match=r"there must be a rank of the job at 127\.0\.0\.9:9"):
         Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1), join="127.0.0.9:9")
     assert towards == ["127.0.0.9"]
+
+
+def test_who_is_left_saves_for_as_many_ranks_as_there_are(tmp_path):
+    model, optimizer, attached = make(topology="ring", mixing="quasi-global-momentum")
+    attached._assembly._roster.settle(2, 2, (2,))  # ranks 0 and 1 have gone
+    attached._exchange._members = attached._exchange._crew.members = (2,)
+    assert attached.place == (0, 1)
+    step(model, optimizer)
+    distopt.checkpoint.save(attached, tmp_path)
+    momentum = attached.state_dict()["ranks"][0]["rule"][0]["momentum"].clone()
+    attached.detach()
+    _, _, attached = make(topology="ring", mixing="quasi-global-momentum")
+    distopt.checkpoint.load(attached, tmp_path)
+    assert torch.equal(attached.state_dict()["ranks"][0]["rule"][0]["momentum"], momentum)
+    assert momentum.any()
+    attached.detach()
