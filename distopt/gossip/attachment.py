@@ -269,10 +269,12 @@ class GossipAttachment:
         together, let each call `flush` before: then nothing is under way, and none needs to meet the rest anew.
         """
         if self._attached:
-            self._gather()
-            moments, tensors = self._moments()
-            self._take_in(moments, tensors)
-            self._release()
+            try:
+                self._gather()
+                moments, tensors = self._moments()
+                self._take_in(moments, tensors)
+            finally:
+                self._release()  # also where an exchange that was under way has failed
 
     def __enter__(self) -> Self:
         return self

@@ -76,7 +76,7 @@ def simulate(
         evaluate: `evaluate(model)` gives named numbers of one node's model.
         evaluate_every: In steps; the last step always is evaluated.
         initial: "same" starts all nodes from one model, "different" each from its own.
-        seed: Of the models: node i's is made after `torch.manual_seed(seed + i)`.
+        seed: Of the models: node i's is made after `torch.manual_seed(seed + i)`; and of what they draw in training.
         scheduler: Makes a learning-rate scheduler, which steps after each step.
         progress: Called with each row of the history.
 
@@ -108,7 +108,10 @@ def simulate(
     gradients = _Gradients(model, list(parameters), places, loss or cross_entropy)
     history = GossipHistory(names=list(parameters))
     for step in range(steps):
-        weights.grad = gradients(rows, batches(step))
+        batch = batches(step)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + nodes + step)  # of dropout and the like
+            weights.grad = gradients(rows, batch)
         all_nodes.gradients_([weights.grad])
         lr = steps_taken.param_groups[0]["lr"]
         steps_taken.step()

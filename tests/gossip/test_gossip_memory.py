@@ -283,3 +283,19 @@ def test_who_is_left_saves_for_as_many_ranks_as_there_are(tmp_path):
     assert torch.equal(attached.state_dict()["ranks"][0]["rule"][0]["momentum"], momentum)
     assert momentum.any()
     attached.detach()
+
+
+def test_detach_gives_everything_back_also_where_an_exchange_has_failed(monkeypatch):
+    before = set(threading.enumerate())
+    model, optimizer, attached = make(exchange="overlapped", correction="off")
+
+    def fails(act):
+        raise PeerLostError("they have gone")
+
+    monkeypatch.setattr(attached._participant, "_perform", fails)
+    step(model, optimizer)
+    with pytest.raises(PeerLostError, match="they have gone"):
+        attached.detach()
+    assert set(threading.enumerate()) <= before
+    assert storages(model) == 4
+    step(model, optimizer)

@@ -33,6 +33,18 @@ def test_the_same_arguments_give_the_same_bits():
     assert not torch.equal(first.models, run(Gossip(), seed=1).models)
 
 
+def test_what_models_draw_in_training_comes_from_the_seed():
+    def with_dropout():
+        return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+
+    first = run(Gossip(), make_model=with_dropout, steps=3)
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    second = run(Gossip(), make_model=with_dropout, steps=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.models, second.models)
+
+
 def test_nodes_learn_and_come_together():
     found = run(Gossip(topology="complete", correction="off"), steps=300, evaluate_every=50)
     assert found.rows[-1]["accuracy"] > 0.8

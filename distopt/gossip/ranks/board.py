@@ -121,7 +121,7 @@ class Board:
                     answer = self._answer(question, line)
                     if answer is not None:
                         line.answer(answer)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
             _log.debug("gossip: a question was not understood: %r", error)
         finally:
             self._free.release()
@@ -164,7 +164,7 @@ def ask(address: tuple[str, int], question: Any, secret: bytes | None, *, within
                     return value
     except ConnectionRefusedError as error:
         raise GoneError from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:  # a port beyond 65535, say
         raise UnreachableError from error
     raise AssertionError
 
