@@ -23,9 +23,10 @@ from distopt.gossip import (
     RandomMatchings,
     Ring,
     SignCodec,
+    Star,
     TopKCodec,
 )
-from distopt.gossip.correction import Segment
+from distopt.gossip.correction import Correction, Segment
 from distopt.gossip.participant import Participant
 from distopt.gossip.simulated_mixer import SimulatedExchange
 
@@ -341,6 +342,91 @@ def test_push_sum_s_correction_has_the_variances_of_the_ratios():
     rows = run(gossip, 3, start=start, grad=np.zeros_like, segments=segments)
     np.testing.assert_allclose(rows[0].var(1), 1.0, rtol=0.12)
     np.testing.assert_allclose(rows[2].var(1), 1.0, rtol=0.12)  # now that weights differ, and x is not z
+
+
+@pytest.mark.parametrize(("left", "corrected"), [(0.88, True), (0.92, False)])
+def test_auto_corrects_below_nine_tenths(left, corrected):
+    random = np.random.default_rng(7)
+    basis, _ = np.linalg.qr(np.column_stack([np.ones(500), random.standard_normal((500, 2))]))
+    first, second = (basis[:, column] * math.sqrt(500) for column in (1, 2))  # of mean 0 and variance 1, unrelated
+    likeness = 2 * left - 1
+    pair = np.stack([first, likeness * first + math.sqrt(1 - likeness**2) * second])
+    rows = torch.tensor(pair.mean(0, keepdims=True))
+    correction = Correction("auto", [Segment("weight", 0, 500, 2)])
+    correction.restore_(rows, torch.ones(1, 1, dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64))
+    assert float(correction.ratio) == pytest.approx(left)
+    assert float(rows.var(correction=0)) == pytest.approx(1.0 if corrected else left)
+
+
+def factors(average, targets, largest):
+    return np.clip(np.sqrt(targets / average.var(1)), 1.0, largest)[:, None]
+
+
+def respread(average, factor):
+    mean = average.mean(1, keepdims=True)
+    return (average - mean) * factor + mean
+
+
+OPPOSED = np.random.default_rng(8).standard_normal((NODES, 50)) * np.arange(1, NODES + 1)[:, None] / 4
+OPPOSED[1::2] = (
+    0.1 * OPPOSED[1::2] - OPPOSED[::2]
+)  # neighbours cancel more than unrelated ones: the factor is at its bound
+
+
+def test_d_psgd_s_correction_s_oracle_at_its_bound():
+    gossip, x, reached = Gossip(topology=Star(), correction="on"), OPPOSED, 0
+    around, segments = weights(gossip), [Segment("weight", 0, 50, 2)]
+    largest = 1 / np.sqrt((around**2).sum(1))
+    for found in run(gossip, 4, start=OPPOSED, grad=np.zeros_like, segments=segments)[:4]:
+        factor = factors(around @ x, around @ x.var(1), largest)
+        reached += (factor[:, 0] >= largest).sum()
+        x = respread(around @ x, factor)
+        np.testing.assert_allclose(found, x, rtol=1e-10, atol=1e-12)
+    assert 0 < reached < 4 * NODES
+
+
+def test_push_sum_s_correction_s_oracle_at_its_bound():
+    gossip = Gossip(topology=DIRECTED, mixing="push-sum", correction="on")
+    segments = [Segment("weight", 0, 50, 2)]
+    push, z, w, reached = weights(gossip), OPPOSED, np.ones((NODES, 1)), 0
+    for found in run(gossip, 4, start=OPPOSED, grad=np.zeros_like, segments=segments)[:4]:
+        pushed = push @ w
+        parts = push * w.T / pushed
+        average, largest = parts @ z, 1 / np.sqrt((parts**2).sum(1))
+        factor = factors(average, parts @ z.var(1), largest)
+        reached += (factor[:, 0] >= largest).sum()
+        z, w = respread(average, factor), pushed
+        np.testing.assert_allclose(found, z, rtol=1e-10, atol=1e-12)
+    assert not np.allclose(w, 1)
+    assert 0 < reached < 4 * NODES
+
+
+def test_choco_s_correction_s_oracle_at_its_bound():
+    gamma = 0.7
+    gossip = Gossip(topology="ring", mixing=Choco(codec=TopKCodec(density=1.0), gamma=gamma), correction="on")
+    around, segments = weights(gossip), [Segment("weight", 0, 50, 2)]
+    x, known = OPPOSED, np.zeros_like(OPPOSED)
+    largest = 1 / (1 - gamma + gamma * np.sqrt((around**2).sum(1)))
+    reached = 0
+    for found in run(gossip, 4, start=OPPOSED, grad=np.zeros_like, segments=segments)[:4]:
+        targets = (1 - gamma) * x.var(1) + gamma * around @ x.var(1)
+        plain = x + gamma * (around @ known - known)
+        factor = factors(plain, targets, largest)
+        reached += (factor[:, 0] >= largest).sum()
+        x, known = respread(plain, factor), plain
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-5)  # values travel as float32
+    assert 0 < reached < 4 * NODES
+
+
+def test_statistics_that_fall_while_an_exchange_is_under_way_do_not_become_negative():
+    gossip = Gossip(topology="complete", exchange="overlapped", correction="off")
+    rows, moments = torch.zeros(2, 3), torch.tensor([[1.0], [0.0]])
+    exchange = SimulatedExchange(gossip.graphs, 2, rows.device)
+    node = Participant(gossip, gossip.surroundings(2), [rows], [[]], exchange.perform)
+    node.stepped_([rows], [0.0], [moments])
+    moments[0] = 0.1
+    node.settle_([rows], [moments])
+    assert moments.flatten().tolist() == pytest.approx([0.1, 0.5])
 
 
 def test_what_cannot_be_combined_is_refused():
