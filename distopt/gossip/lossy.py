@@ -8,6 +8,7 @@ stays what it was, and the two naive ones, for comparison.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ class LossyNode:
     def __init__(self, transport: Transport, value: Tensor) -> None:
         self._transport = transport
         self.rank = transport.rank
+        self._size = len(value)
         self._round = 0
+
+    _beside: ClassVar[int] = 0  # numbers in a message, beside a vector like the value
 
     @property
     @abstractmethod
@@ -54,7 +58,8 @@ class LossyNode:
                 message = decode(frame)
             except DecodeError:
                 continue
-            if message.sender == source:
+            forms = [(tensor.shape, tensor.dtype) for tensor in message.tensors]
+            if message.sender == source and forms == [((self._size + self._beside,), torch.float64)]:
                 self.take(message)
                 count += 1
         return count
@@ -65,6 +70,8 @@ class LossyNode:
 
 class PlainPushSum(LossyNode):
     """Push-sum: a lost message takes its part of the sum along. The naive way."""
+
+    _beside: ClassVar[int] = 1  # the weight
 
     def __init__(self, transport: Transport, value: Tensor) -> None:
         super().__init__(transport, value)
@@ -94,6 +101,8 @@ class CumulativePushSum(LossyNode):
     Running Sums", IEEE Transactions on Automatic Control 2016). Works on any strongly connected graph; memory is a
     vector for each neighbour and direction.
     """
+
+    _beside: ClassVar[int] = 1  # the weight
 
     def __init__(self, transport: Transport, value: Tensor) -> None:
         super().__init__(transport, value)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distopt.comm import InProcess
+from distopt.comm import InProcess, Message
+from distopt.comm.message import encode
 from distopt.gossip import Exponential, RandomMatchings
 from distopt.gossip.lossy import CommittedPairs, CumulativePushSum, PlainPairs, PlainPushSum
 
@@ -97,6 +98,9 @@ def test_garbage_and_copies_change_nothing(kind):
         for end, destination, frame in sent:
             end.send_before(destination, frame)  # all that was ever sent, once more
         ends[0].send_before(1, torch.zeros(100, dtype=torch.uint8))
+        for tensors in ((), (torch.zeros(1).double(),), (torch.zeros(SIZE),), (torch.zeros(SIZE + 9).double(),)):
+            for message_kind in (1, 2, 3):
+                ends[0].send_before(1, encode(Message(message_kind, 10**6, 0, tensors)))
         while sum(node.listen() for node in nodes):
             pass
     estimates = torch.stack([node.estimate for node in nodes])

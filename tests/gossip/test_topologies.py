@@ -152,6 +152,10 @@ def test_a_graph_of_networkx():
     topology = EdgeList.from_networkx(networkx.Graph(given.edges))
     assert {frozenset(edge) for edge in topology.graph(34).edges} == {frozenset(edge) for edge in given.edges}
     assert not topology.graph(34).directed
+    with pytest.raises(
+        ConfigError, match=r"no weights of their own, got a graph with some; use distopt.gossip.Weighted"
+    ):
+        EdgeList.from_networkx(given)
     one_way = EdgeList.from_networkx(networkx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)])).graph(3)
     assert one_way.directed
     assert one_way.receivers(0) == (1, 2)

@@ -88,6 +88,11 @@ class EdgeList(Topology, name="edges"):
                 f"the nodes must be the ranks 0 to {len(graph) - 1}, got {list(graph.nodes)!r:.200}; use "
                 "networkx.convert_node_labels_to_integers"
             )
+        if any("weight" in found for *_, found in graph.edges(data=True)):
+            raise ConfigError(
+                "edges must have no weights of their own, got a graph with some; use distopt.gossip.Weighted, or "
+                "networkx.Graph(graph.edges), which has none"
+            )
         return cls(edges=tuple(graph.edges()), directed=bool(graph.is_directed()))
 
 
