@@ -238,6 +238,8 @@ def test_a_board_does_not_keep_what_nobody_asks_for_any_more(ranks):
         ranks.all[0].largest(crew, "round", 1.0)
         lengths.append(len(kept))
     assert lengths[-1] == lengths[1]
+    told = ranks.all[0]._meetings._get(crew.window, ["round/6/0"], 1.0, None)
+    assert told == {"values": {"round/6/0": 1.0}}  # without what gloo has laid down there
 
 
 def test_a_rank_that_hears_another_not_says_where_it_should_be(ranks):

@@ -131,12 +131,14 @@ class Meetings:
             return False
 
     def _get(self, number: int, keys: list[str], within_s: float, line: Line) -> Any:
-        """All that was laid down, once these keys are there."""
+        """All that was laid down beside these keys, once they are there: most likely it is asked for next."""
+        beside = {key.rpartition("/")[0] for key in keys}
         with self._news:
             end = time.monotonic() + within_s
             while (window := self._past.get(number)) is not None and time.monotonic() < end:
                 if all(key in window.values for key in keys):
-                    return {"values": window.values}
+                    found = {key: value for key, value in window.values.items() if key.rpartition("/")[0] in beside}
+                    return {"values": found}
                 if self._window.began or self._window.number > number + 1:
                     break
                 self._news.wait(_HOLD_S)
