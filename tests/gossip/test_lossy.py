@@ -1,34 +1,16 @@
 """Averages while a tenth of all messages is lost: what keeps the mean, and what does not."""
 
-import numpy as np
+import lossy_rank
 import pytest
 import torch
+from lossy_rank import NODES, SIZE, VALUES, Losing
 
 from distopt.comm import InProcess, Message
 from distopt.comm.message import encode
 from distopt.gossip import Exponential, RandomMatchings
 from distopt.gossip.lossy import CommittedPairs, CumulativePushSum, PlainPairs, PlainPushSum
 
-NODES, SIZE, ROUNDS, LOSS = 12, 4, 120, 0.1
-VALUES = torch.from_numpy(np.random.default_rng(0).standard_normal((NODES, SIZE)) + 3.0)
-
-
-class Losing:
-    """A transport that loses frames by chance."""
-
-    def __init__(self, inner, seed):
-        self._inner, self._random = inner, np.random.default_rng(seed)
-        self.rank, self.size = inner.rank, inner.size
-        self.is_losing, self.lost_frames = True, 0
-
-    def send(self, destination, frame):
-        if self.is_losing and self._random.random() < LOSS:
-            self.lost_frames += 1
-        else:
-            self._inner.send(destination, frame)
-
-    def receive(self, timeout_s):
-        return self._inner.receive(timeout_s or 0.0)
+ROUNDS = 120
 
 
 def averaged(kind, topology, seed, *, one_sided=False):
@@ -76,6 +58,21 @@ def test_the_naive_ways_lose_it():
         assert max(error(each) for each in found) > 1e-3, kind.__name__
         for each in found:
             torch.testing.assert_close(each, each.mean(0).expand(NODES, SIZE), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [CumulativePushSum, CommittedPairs])
+def test_between_real_ranks_they_keep_it_too(ranks, kind):
+    estimates, lost = zip(*ranks(4)(lossy_rank.averaged, kind, ROUNDS), strict=True)
+    assert sum(lost) > ROUNDS / 4
+    mean = VALUES[:4].mean(0)
+    assert float((torch.stack(estimates).mean(0) - mean).norm() / mean.norm()) < 1e-12
+    torch.testing.assert_close(torch.stack(estimates), mean.expand(4, SIZE), rtol=0, atol=0.1)
+
+
+def test_between_real_ranks_plain_push_sum_loses_it(ranks):
+    estimates, lost = zip(*ranks(4)(lossy_rank.averaged, PlainPushSum, ROUNDS), strict=True)
+    assert sum(lost) > ROUNDS / 4
+    assert float((torch.stack(estimates).mean(0) - VALUES[:4].mean(0)).norm() / VALUES[:4].mean(0).norm()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", [CumulativePushSum, CommittedPairs])
