@@ -9,79 +9,26 @@ vector of the same bytes to and from the same ranks, into kept memory. Also with
 parameters twice more, and an all-reduce. Each round takes all of them in one order and back (A B C C B A), after a
 barrier each; the figure is the slowest rank's time. Medians, quartiles, and the median of the ratios by round.
 
-With more ranks than cores the ranks share them, and all contenders alike.
+With more ranks than cores the ranks share them, and all contenders alike. On loopback the transfer itself is copies by
+the same cores that average. `--rate` (needs root) also measures two hosts with a link of that rate, network namespaces,
+where the transfer waits for the link.
 """
 
 import argparse
 import os
-import time
-from collections.abc import Callable
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from federated_jobs import write
+from gossip_p2p_worker import RAW, measure
 from gossip_ranks import run_ranks
-from torch import nn
+from link import job
 
 from compress import summary
-from distopt.gossip import Gossip, OnePeerExponential
 
-TENSORS = 50
-RAW = "raw"
-
-
-def stepper(numel: int, correction: str) -> Callable[[], None]:
-    """A step that only exchanges."""
-    torch.manual_seed(dist.get_rank())
-    model = nn.ParameterList([torch.randn(numel // TENSORS // 500, 500) for _ in range(TENSORS)])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Gossip(topology=OnePeerExponential(), correction=correction).attach(model, optimizer)
-    return optimizer.step  # without a gradient the optimizer itself does nothing
-
-
-def transfer(numel: int) -> Callable[[], None]:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    own, other = torch.randn(numel), torch.empty(numel)
-    rounds = 0
-
-    def exchange() -> None:
-        nonlocal rounds
-        graph = OnePeerExponential().graph(size, rounds)
-        (receiver,), (sender,) = graph.receivers(rank), graph.senders(rank)
-        rounds += 1
-        operations = [dist.P2POp(dist.irecv, other, sender), dist.P2POp(dist.isend, own, receiver)]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-
-    return exchange
-
-
-def summing(numel: int) -> Callable[[], None]:
-    tensor = torch.randn(numel)
-    return lambda: dist.all_reduce(tensor)
-
-
-def measure(numel: int, rounds: int) -> dict[str, list[float]]:
-    contenders: dict[str, Callable[[], None]] = {
-        RAW: transfer(numel),
-        "gossip": stepper(numel, "off"),
-        "gossip, corrected": stepper(numel, "on"),
-        "all-reduce": summing(numel),
-    }
-    order = [*contenders, *reversed(contenders)]
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name in order:
-            dist.barrier()
-            began = time.perf_counter()
-            contenders[name]()
-            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-            dist.all_reduce(took, op=dist.ReduceOp.MAX)
-            if number:  # the first round warms up: memory, connections
-                samples[name].append(1e3 * took.item())
-    return samples
+WORKER = "gossip_p2p_worker.py"
 
 
 def summarised(samples: dict[str, list[float]]) -> dict[str, Any]:
@@ -94,28 +41,44 @@ def summarised(samples: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
+def shown(what: str, load_before: float, samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Prints a table, and returns the figures."""
+    found = {"load_before": round(load_before, 2), **summarised(samples)}
+    print(f"{what}; load of the machine before: {load_before:.1f}")
+    for name in samples:
+        ms, ratio = found[name]["ms"], found[name]["to_raw"]
+        print(
+            f"  {name:20}{ms['median']:>9.1f} ms [{ms['quartile_1']:.1f}, {ms['quartile_3']:.1f}]".ljust(56)
+            + f"{ratio['median']:>6.2f} x raw [{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}]",
+            flush=True,
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rate", nargs="*", default=[], help="also two hosts with such a link, as `tc` takes it")
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds for one number of ranks")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
+    if options.rate and os.geteuid() != 0:
+        parser.error("network namespaces need root; use sudo, or leave out --rate")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the hosts are removed
     results = {}
     for ranks in options.ranks:
         before = os.getloadavg()[0]
         samples = run_ranks(measure, ranks, options.numel, options.rounds, deadline_s=options.deadline)
-        results[str(ranks)] = {"load_before": round(before, 2), **summarised(samples)}
-        print(f"{ranks} ranks, {options.numel:,} parameters; load of the machine before: {before:.1f}")
-        for name in samples:
-            found = results[str(ranks)][name]
-            ms, ratio = found["ms"], found["to_raw"]
-            print(
-                f"  {name:20}{ms['median']:>9.1f} ms [{ms['quartile_1']:.1f}, {ms['quartile_3']:.1f}]".ljust(56)
-                + f"{ratio['median']:>6.2f} x raw [{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}]",
-                flush=True,
-            )
+        results[f"{ranks} ranks"] = shown(f"{ranks} ranks", before, samples)
+    for rate in options.rate:
+        before = os.getloadavg()[0]
+        spec = {"numel": options.numel, "rounds": options.rounds}
+        samples = job(2, rate, spec, int(options.deadline), pinned=False, worker=WORKER)
+        if "failed" in samples:
+            raise SystemExit(f"2 hosts at {rate}: {samples['failed']}\n" + "\n".join(samples["log"]))
+        results[f"2 hosts at {rate}"] = shown(f"2 hosts at {rate}", before, samples)
     if options.json:
         write(options.json, options, {"results": results})
 

@@ -138,11 +138,11 @@ class RankMixer:
 
         Block by block: what has arrived is still in the cache.
         """
+        weights = [float(self._weights[self._place]), *(float(self._weights[sender]) for sender in self._senders)]
         for start in range(0, len(own), _BLOCK):
             row, *rest = (each[start : start + _BLOCK] for each in (own, *others))
-            average = torch.mul(row, float(self._weights[self._place]), out=scratch[: len(row)])
-            for sender, other in zip(self._senders, rest, strict=True):
-                average.add_(other, alpha=float(self._weights[sender]))
+            average = scratch[: len(row)]
+            weighted_sum_(average, [row, *rest], weights)
             rest[0].copy_(row)
             row.copy_(average)
 
