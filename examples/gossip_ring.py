@@ -81,12 +81,12 @@ def distance():
 
 
 def save(step):
-    """Models differ by rank, so every rank saves its own."""
-    here = options.checkpoints / f"step-{step}"
+    """Models differ by rank, so every rank saves its own, under its place among those that are left."""
+    here, (place, _) = options.checkpoints / f"step-{step}", attached.place
     distopt.checkpoint.save(attached, here)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, here / f"model-{rank}.pt")
-    dist.barrier()  # the checkpoint is complete
-    if rank == 0:
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, here / f"model-{place}.pt")
+    distance()  # all that are left take part in it: the checkpoint is complete
+    if place == 0:
         (options.checkpoints / "latest").write_text(str(step))
 
 
@@ -95,7 +95,7 @@ def resume():
         return 0
     step = int((options.checkpoints / "latest").read_text())
     here = options.checkpoints / f"step-{step}"
-    state = torch.load(here / f"model-{rank}.pt")
+    state = torch.load(here / f"model-{attached.place[0]}.pt")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     distopt.checkpoint.load(attached, here)
