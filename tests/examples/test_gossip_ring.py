@@ -17,9 +17,9 @@ ARGUMENTS = ["--data", "digits", "--look-every", "30", "--lr", "0.03"]
 
 
 def ends(output):
-    """(rank, accuracy, exchanges, model) of each line that a rank says at its end."""
+    """(rank, accuracy, exchanges, model) of what each rank says at its end; two may share a line."""
     found = re.findall(
-        r"rank (\d): test accuracy ([0-9.]+)% after \d+ steps, (\d+) exchanges, .*model (\w{16})", output
+        r"rank (\d): test accuracy ([0-9.]+)% after \d+ steps, (\d+) exchanges, .*?model (\w{16})", output
     )
     return sorted((int(rank), float(accuracy), int(exchanges), model) for rank, accuracy, exchanges, model in found)
 
