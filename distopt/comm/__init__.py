@@ -1,7 +1,7 @@
 """Who gets it: collectives on fixed-size tensors, messages between roles, groups of ranks; nothing is unpickled."""
 
 from distopt.comm.abandon import end_when_stuck, leak_process_groups
-from distopt.comm.address import Address, parse_address
+from distopt.comm.address import Address, own_address, parse_address
 from distopt.comm.agreement import agree, gather_json, raise_together
 from distopt.comm.channels import Channels, open_channels
 from distopt.comm.collectives import all_gather, all_reduce_sum, all_to_all, broadcast_from_first, reduce_to_first
@@ -64,6 +64,7 @@ __all__ = [
     "measure_link",
     "open_channels",
     "open_heartbeat",
+    "own_address",
     "parse_address",
     "raise_together",
     "read_secret",

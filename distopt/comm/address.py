@@ -6,13 +6,17 @@ answers.
 """
 
 import errno
+import fcntl
 import ipaddress
+import os
 import socket
+import struct
 from typing import NamedTuple
 
 from distopt.errors import ConfigError
 
 _BACKLOG = 128
+_SIOCGIFADDR = 0x8915  # asks an interface for its address
 _PROBES = 3  # unanswered ones before TCP gives an idle connection up
 
 
@@ -47,6 +51,26 @@ def parse_address(text: str) -> Address:
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise ConfigError(f"a port must be a number from 0 to 65535, got {port!r} in {text!r}; write 'host:9000'")
     return Address(host, int(port))
+
+
+def own_address(towards: str | None) -> str:
+    """The IPv4 address by which others reach this machine.
+
+    That of the interface `GLOO_SOCKET_IFNAME`, the first where it names several, if it is set; else the one on the way
+    to that host, and the loopback's where there is none to go by.
+
+    Raises:
+        OSError: There is no such interface, or no way to that host.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if interface:
+            request = struct.pack("256s", interface.encode()[:15])
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+        if towards is None:
+            return "127.0.0.1"
+        probe.connect((towards, 9))  # sends nothing: it asks for the way there
+        return str(probe.getsockname()[0])
 
 
 def is_loopback(host: str) -> bool:

@@ -7,22 +7,20 @@ Datagrams go through the interface that gloo is told to use (GLOO_SOCKET_IFNAME)
 MASTER_ADDR. Blocking; for set-up only.
 """
 
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from distopt.comm.address import own_address
 from distopt.comm.agreement import gather_json
 from distopt.comm.beats import MAX_RANKS, NONCE_BYTES
 from distopt.comm.heartbeat import Heartbeat, Member
 from distopt.errors import PeerLostError
 
 _REACH_S = 10.0  # hosts answer each other within milliseconds, but a busy one may take its time
-_SIOCGIFADDR = 0x8915
 
 
 def open_heartbeat(
@@ -80,21 +78,8 @@ def open_heartbeat(
 def _endpoint() -> socket.socket:
     endpoint = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        endpoint.bind((_own_address(), 0))
+        endpoint.bind((own_address(os.environ.get("MASTER_ADDR")), 0))  # without one the roll call tells hosts apart
     except OSError:
         endpoint.close()
         raise
     return endpoint
-
-
-def _own_address() -> str:
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        if interface:
-            request = struct.pack("256s", interface.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
-        if "MASTER_ADDR" not in os.environ:
-            return "127.0.0.1"  # ranks that met by a file: where they are on several hosts, the roll call finds it out
-        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing: it asks for the way there
-        address: str = probe.getsockname()[0]
-        return address

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import secrets
-import socket
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.comm import agree, end_quietly, gather_json, parse_address, raise_together
+from distopt.comm import agree, end_quietly, gather_json, own_address, parse_address, raise_together
 from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.flat import check_averaged, group, trained
@@ -68,7 +67,7 @@ class GossipAttachment:
         towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
         if join is not None:
             towards = parse_address(join).host
-        self._assembly = self._introduce(model, interface or own_address(towards), join)
+        self._assembly = self._introduce(model, interface or _address_here(towards), join)
         self._vectors = group(trained(model))
         try:
             self._exchange = Exchange(
@@ -496,14 +495,10 @@ def _by_dtype(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor
     return rows, list(kinds.values())
 
 
-def own_address(towards: str | None) -> str:
-    """The address of this machine on the way to that host; the loopback's where there is no other."""
-    if towards is None:
-        return "127.0.0.1"
+def _address_here(towards: str | None) -> str:
+    """Where the others find this rank's board; where that cannot be told, `greet` finds out whether they do."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((towards, 9))  # sends nothing: the kernel says which way it would go
-            return str(probe.getsockname()[0])
+        return own_address(towards)
     except OSError:
         return "127.0.0.1"
 

@@ -10,6 +10,7 @@ Limits: gradients of the whole local function; its smoothness and strong convexi
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -271,7 +272,7 @@ def simulate_dadao(
             messages += 1
         else:
             nodes[event].advance(clocks.time)
-            nodes[event].take_gradient(lambda x, node=event: gradient(node, x))  # type: ignore[misc]
+            nodes[event].take_gradient(partial(gradient, event))
             gradients += 1
             if gradients % look_every == 0:
                 look()

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from distopt.comm import TCPPeer, TCPServer, parse_address
+from distopt.comm import TCPPeer, TCPServer, own_address, parse_address
 from distopt.comm.address import is_loopback, keep_watch
 from distopt.errors import ConfigError
 from stars import SECRET
@@ -113,3 +113,26 @@ def test_the_kernel_watches_over_idle_and_stuck_connections():
         )
         assert idle + probes * step == 20
         assert left.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20000
+
+
+def test_the_own_address_is_that_on_the_way_to_the_others(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    asked = []
+
+    class Probe(socket.socket):
+        def connect(self, address):
+            asked.append(address[0])
+            super().connect(("127.0.0.1", address[1]))
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert own_address("192.0.2.7") == "127.0.0.1"
+    assert asked == ["192.0.2.7"]
+    assert own_address(None) == "127.0.0.1"
+
+
+def test_the_interface_that_gloo_is_told_to_use_comes_first(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth7")
+    assert own_address("192.0.2.7") == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
+    with pytest.raises(OSError, match="No such device"):
+        own_address("127.0.0.1")

@@ -80,17 +80,6 @@ def test_a_socket_that_cannot_be_opened_switches_all_off(ranks):
     assert all(off and "cannot open a socket" in reason for off, reason in answers)
 
 
-def test_the_interface_of_gloo_comes_first_then_the_way_to_the_master(monkeypatch):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert rollcall._own_address() == "127.0.0.1"
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.5")
-    assert rollcall._own_address() == "127.0.0.1"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth7")
-    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    assert rollcall._own_address() == "127.0.0.1"
-
-
 def rank_of_two(rank: int, store: str, timeout_s: float, ending: str, pipe) -> None:
     """Rank 1 ends as it is told to; rank 0 sends what it hears of that."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

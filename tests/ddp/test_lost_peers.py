@@ -235,13 +235,13 @@ def test_who_is_not_watched_is_not_and_stats_say_why(ranks, size, algorithm, rea
 def on_a_firewall():
     from distopt.comm import rollcall
 
-    original, rollcall._own_address = rollcall._own_address, lambda: "127.0.0.1"
+    original, rollcall.own_address = rollcall.own_address, lambda towards: "127.0.0.1"
     rollcall._REACH_S, sendto = 0.5, rollcall.Heartbeat._send
     rollcall.Heartbeat._send = lambda self, to: None
     try:
         return on_attaching(distopt.DGC())
     finally:
-        rollcall._own_address, rollcall._REACH_S, rollcall.Heartbeat._send = original, 10.0, sendto
+        rollcall.own_address, rollcall._REACH_S, rollcall.Heartbeat._send = original, 10.0, sendto
 
 
 def test_where_datagrams_do_not_get_through_this_is_said_once(ranks):

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import socket
 import threading
 
 import pytest
@@ -239,20 +238,6 @@ def test_an_older_checkpoint_is_gone_on_from_also_after_a_later_meeting():
     assert len(made) == 1
     assert exchange.round == 1
     attached.detach()
-
-
-def test_the_own_address_is_that_on_the_way_to_the_others(monkeypatch):
-    asked = []
-
-    class Probe(socket.socket):
-        def connect(self, address):
-            asked.append(address[0])
-            super().connect(("127.0.0.1", address[1]))
-
-    monkeypatch.setattr(socket, "socket", Probe)
-    assert attachment.own_address("192.0.2.7") == "127.0.0.1"
-    assert asked == ["192.0.2.7"]
-    assert attachment.own_address(None) == "127.0.0.1"
 
 
 def test_who_joins_looks_for_the_way_to_whom_it_joins(monkeypatch):

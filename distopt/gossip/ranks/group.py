@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]  # torch has it, its stubs do not
 
 _FORM_S = 15.0  # for the group's connections
 
@@ -62,7 +62,7 @@ def form_group(store: BoardStore, place: int, size: int, interface: str) -> Any:
     Raises:
         RuntimeError: A member has not connected within the time.
     """
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in the stubs either
     options._timeout = timedelta(seconds=_FORM_S)
     options._devices = [ProcessGroupGloo.create_device(hostname=interface)]
     return ProcessGroupGloo(store, place, size, options)
