@@ -7,7 +7,6 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
 
 from distopt import checkpoint, coding, ddp, federated, gossip, ops
 from distopt.coding import GradientCoding
-from distopt.config import from_config
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
     CompatibilityError,
@@ -20,6 +19,7 @@ from distopt.errors import (
     StateMismatchError,
 )
 from distopt.gossip import Gossip
+from distopt.job import Job, from_config
 from distopt.version import __version__
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "DistoptError",
     "Gossip",
     "GradientCoding",
+    "Job",
     "NonFiniteGradientError",
     "PeerLostError",
     "StateMismatchError",

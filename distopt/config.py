@@ -170,12 +170,3 @@ def check_switch(field: str, value: object) -> None:
 
 class Algorithm(Configurable, tag="algorithm"):
     """Base of what `distopt.from_config` makes: configurations that users attach, or give to a simulation."""
-
-
-def from_config(mapping: Mapping[str, Any]) -> Algorithm:
-    """The algorithm that a JSON, TOML or DeepSpeed block describes: `{"algorithm": "dgc", "density": 0.001}`.
-
-    Raises:
-        ConfigError: The algorithm or a key is unknown, or a value breaks its rule.
-    """
-    return Algorithm.from_dict(mapping)

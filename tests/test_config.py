@@ -16,7 +16,7 @@ import distopt
 from distopt.cli.models import CNN, MLP, Softmax
 from distopt.cli.simulate_config import Data, Output, Run
 from distopt.coding import MSGC, SRSGC, GradientCoding
-from distopt.config import Algorithm, Configurable, FrozenMapping, from_config
+from distopt.config import Algorithm, Configurable, FrozenMapping
 from distopt.ddp import DGC, Dense, ExponentialWarmup, Link, ListWarmup, PaperWarmup, Schedule, TopK
 from distopt.errors import ConfigError
 from distopt.federated import (
@@ -52,6 +52,7 @@ from distopt.gossip import (
     Torus,
     Weighted,
 )
+from distopt.job import CheckpointSettings, LogSettings
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values() if made.__module__.startswith("distopt.")]
@@ -209,6 +210,10 @@ GOOD_FOR = {
     (Gossip, "mixing"): [PushSum(), Choco(codec=SignCodec()), A2CiD2()],
     (Gossip, "correction"): ["off", "on", "auto"],
     (Gossip, "every"): [1, 50],
+    (CheckpointSettings, "every"): [1, 500],
+    (CheckpointSettings, "keep"): [1, 2],
+    (LogSettings, "every"): [1, 50],
+    (LogSettings, "report"): [True, False],
     (Gossip, "exchange"): ["synchronous", "overlapped", "asynchronous"],
     (Gossip, "optimizer_state"): ["keep", "average"],
     (Gossip, "buffers"): ["keep", "average"],
@@ -396,6 +401,12 @@ BAD_FOR = {
     (Gossip, "mixing"): [(value, "must be a name or a mixing rule", "use 'd-psgd'") for value in (3, None, PushSum)],
     (Gossip, "correction"): [(value, "must be one of 'off', 'on', 'auto'") for value in (True, None)],
     (Gossip, "every"): [(value, "must be an integer of at least 1", "use 1") for value in [*NOT_COUNTS, None]],
+    (CheckpointSettings, "every"): [(value, "must be an integer of at least 1", "use 500") for value in NOT_COUNTS],
+    (CheckpointSettings, "folder"): [(value, "must be the name of a folder", "runs/job") for value in ("", 3, None)],
+    (CheckpointSettings, "keep"): [(value, "must be an integer of at least 1", "use 2") for value in NOT_COUNTS],
+    (LogSettings, "every"): [(value, "must be an integer of at least 1", "use 50") for value in NOT_COUNTS],
+    (LogSettings, "folder"): [(value, "must be the name of a folder", "runs/job") for value in ("", 3, None)],
+    (LogSettings, "report"): [(value, "must be True or False") for value in (0, "no", None)],
     (Gossip, "exchange"): [(value, "must be one of 'synchronous', 'overlapped'") for value in ("async", None)],
     (Gossip, "optimizer_state"): [(value, "must be one of 'keep', 'average'") for value in ("reset", None)],
     (Gossip, "buffers"): [(value, "must be one of 'keep', 'average'") for value in ("mean", None)],
@@ -548,7 +559,7 @@ def test_an_unknown_key_names_the_known_ones(made):
 @pytest.mark.parametrize("name", ["adam", "DGC", None, "", 3, ["dgc"], {"a": 1}])
 def test_an_unknown_algorithm_names_the_known_ones(name):
     with pytest.raises(ConfigError) as caught:
-        from_config({"algorithm": name})
+        distopt.from_config({"algorithm": name})
     known = ", ".join(sorted(Algorithm._known))
     assert {"dense", "dgc", "fedavg", "gradient-coding", "topk"} <= set(Algorithm._known)
     assert str(caught.value) == f"'algorithm' must be one of {known}, got {name!r}; add it to the configuration"
@@ -563,7 +574,7 @@ def test_an_unknown_algorithm_names_the_known_ones(name):
 )
 def test_what_is_nearly_right_is_told_what_may_be_meant(mapping, said):
     with pytest.raises(ConfigError) as caught:
-        from_config(mapping)
+        distopt.from_config(mapping)
     assert str(caught.value).endswith(said)
 
 
@@ -588,7 +599,7 @@ def test_a_name_belongs_to_one_class(monkeypatch):
 @pytest.mark.parametrize("mapping", [None, "dgc", 3, ["algorithm", "dgc"]])
 def test_what_is_no_mapping(mapping):
     with pytest.raises(ConfigError, match=r"must be a mapping with the key 'algorithm', got"):
-        from_config(mapping)
+        Algorithm.from_dict(mapping)
 
 
 def test_the_example_of_the_readme():
@@ -598,19 +609,19 @@ def test_the_example_of_the_readme():
 
 
 def test_a_part_is_made_from_its_own_mapping():
-    config = from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "stage": 500}})
+    config = distopt.from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "stage": 500}})
     assert config.warmup == PaperWarmup(stage=500)
     with pytest.raises(ConfigError, match=r"unknown key 'steps' for schedule 'paper'; known keys are stage, steps_per"):
-        from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "steps": 500}})
+        distopt.from_config({"algorithm": "topk", "warmup": {"schedule": "paper", "steps": 500}})
     with pytest.raises(ConfigError, match=r"'schedule' must be one of exponential, list, paper, got 'linear'"):
-        from_config({"algorithm": "topk", "warmup": {"schedule": "linear"}})
+        distopt.from_config({"algorithm": "topk", "warmup": {"schedule": "linear"}})
 
 
 def test_a_part_s_name_stands_for_it_with_its_defaults():
-    named = from_config({"algorithm": "gossip", "topology": {"topology": "random-matchings", "of": "ring"}})
+    named = distopt.from_config({"algorithm": "gossip", "topology": {"topology": "random-matchings", "of": "ring"}})
     assert named == Gossip(topology=RandomMatchings(of=Ring()))
     with pytest.raises(ConfigError, match=r"'schedule' must be one of .*, got 'papr'; perhaps 'paper' is meant"):
-        from_config({"algorithm": "topk", "warmup": "papr"})
+        distopt.from_config({"algorithm": "topk", "warmup": "papr"})
 
 
 def test_a_missing_key_is_named():

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distopt.config import from_config
 from distopt.errors import ConfigError
 from distopt.federated import FederatedAlgorithm, LocalTraining, UplinkCompression
+from distopt.job import from_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,179 @@
+"""A job described once: which algorithm, where its checkpoints lie, what is logged.
+
+The same description is written as `distopt.toml` (or JSON), as the block "distopt" of a DeepSpeed config, or as a plain
+mapping: the algorithm's own keys, and beside them the tables `checkpoint` and `log`::
+
+    algorithm = "dgc"
+    density = 0.001
+
+    [checkpoint]
+    folder = "runs/job/checkpoints"
+
+    [log]
+    folder = "runs/job/log"
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias, TypeVar
+
+from distopt.config import Algorithm, Configurable, check_count, check_switch
+from distopt.errors import ConfigError
+
+JobSource: TypeAlias = "Job | Algorithm | Mapping[str, Any] | str | os.PathLike[str]"
+
+_Settings = TypeVar("_Settings", bound=Configurable)
+
+_READERS = {".toml": tomllib.loads, ".json": json.loads}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Configurable, tag="checkpoint", name="checkpoint"):
+    """Where checkpoints are kept, and how often one is made.
+
+    Raises:
+        ConfigError: A value breaks its rule.
+    """
+
+    folder: str = "runs/job/checkpoints"  # every rank reads and writes it
+    every: int = 500  # steps: smaller loses less when the job is killed
+    keep: int = 2  # the newest so many; more of them take more room
+
+    def __post_init__(self) -> None:
+        _check_folder("folder of checkpoint", self.folder)
+        check_count("every of checkpoint", self.every, low=1, remedy="use 500 for one checkpoint in 500 steps")
+        check_count("keep of checkpoint", self.keep, low=1, remedy="use 2 to keep the newest two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings(Configurable, tag="log", name="log"):
+    """What is written about a run.
+
+    Raises:
+        ConfigError: A value breaks its rule.
+    """
+
+    folder: str = "runs/job/log"  # rank r writes stats-r.jsonl into it
+    every: int = 50  # steps: smaller shows more and costs more
+    tensorboard: bool = False  # True: events too, which needs the extra `tensorboard`
+    report: bool = True  # a text at the end of the run
+
+    def __post_init__(self) -> None:
+        _check_folder("folder of log", self.folder)
+        check_count("every of log", self.every, low=1, remedy="use 50 for one line in 50 steps")
+        check_switch("tensorboard of log", self.tensorboard)
+        check_switch("report of log", self.report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `distopt.toml` says.
+
+    Attributes:
+        algorithm: The configuration to attach.
+        checkpoint: Where its state is kept; None where the job does not say.
+        log: What is written about the run; None for nothing.
+    """
+
+    algorithm: Algorithm
+    checkpoint: CheckpointSettings | None = None
+    log: LogSettings | None = None
+
+    def __post_init__(self) -> None:
+        for field, kind in (("algorithm", Algorithm), ("checkpoint", CheckpointSettings), ("log", LogSettings)):
+            value = getattr(self, field)
+            if not isinstance(value, kind) and (value is not None or field == "algorithm"):
+                raise ConfigError(
+                    f"{field} of a job must be of {kind.__name__}, got {value!r}; Job.load makes it of plain values"
+                )
+
+    @classmethod
+    def load(cls, source: JobSource) -> Self:
+        """The job that a TOML or JSON file, a mapping, an algorithm or a job describes.
+
+        Raises:
+            ConfigError: The file cannot be read, a name or key is unknown, or a value breaks its rule; names the file.
+        """
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, Algorithm):
+            return cls(algorithm=source)
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+            try:
+                return cls._from_mapping(_read(path))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from error
+        if isinstance(source, Mapping):
+            return cls._from_mapping(source)
+        raise ConfigError(
+            f"a job must be a mapping, a file, an algorithm or a distopt.Job, got {type(source).__name__}; "
+            'use {"algorithm": "dgc", "density": 0.001} or "distopt.toml"'
+        )
+
+    @classmethod
+    def _from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        rest = dict(mapping)
+        tables = {kind.tag: rest.pop(kind.tag, None) for kind in (CheckpointSettings, LogSettings)}
+        return cls(
+            algorithm=Algorithm.from_dict(rest),
+            checkpoint=_table(CheckpointSettings, tables["checkpoint"]),
+            log=_table(LogSettings, tables["log"]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """This job as plain values that JSON and TOML can hold; `load` makes an equal job of it."""
+        plain = self.algorithm.to_dict()
+        for settings in (self.checkpoint, self.log):
+            if settings is not None:
+                table = settings.to_dict()
+                plain[table.pop(settings.tag)] = table
+        return plain
+
+
+def from_config(source: JobSource) -> Algorithm:
+    """The algorithm that a JSON, TOML or DeepSpeed block describes: `{"algorithm": "dgc", "density": 0.001}`.
+
+    Args:
+        source: The block, or the path of a `.toml` or `.json` file with its keys. The tables `checkpoint` and `log` of
+            a whole job may stand beside them and are checked; `Job.load` returns them too.
+
+    Raises:
+        ConfigError: The algorithm or a key is unknown, or a value breaks its rule.
+    """
+    return Job.load(source).algorithm
+
+
+def _table(kind: type[_Settings], table: object) -> _Settings | None:
+    if table is None:
+        return None
+    if not isinstance(table, Mapping):
+        raise ConfigError(f'{kind.tag} must be a table, got {table!r}; use {{"folder": "runs/job"}}')
+    return kind.from_dict({kind.tag: kind.name, **table})
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ConfigError(
+            f"a job's file must end in {' or '.join(_READERS)}, got {path.name!r}; rename it, or, if it is the name "
+            'of an algorithm, write {"algorithm": "dgc"}'
+        )
+    try:
+        content = reader(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the file cannot be read ({error.strerror}); give the path of a job's file") from error
+    except ValueError as error:  # of both formats, and of bytes that are not UTF-8
+        raise ConfigError(f"the file must be {path.suffix[1:].upper()}, got {error}; correct it there") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"the file must hold a mapping, got {type(content).__name__}; write the algorithm's keys")
+    return content
+
+
+def _check_folder(field: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f'{field} must be the name of a folder, got {value!r}; use "runs/job"')
