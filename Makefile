@@ -22,7 +22,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 comma := ,
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi setup-flower test-flower
+.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi setup-hosts setup-flower test-flower
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -83,6 +83,8 @@ test-flower: setup-flower  ## the Flower integration: types, rounds, whole jobs 
 
 setup-mpi: .make/mpi  ## mpi4py and Open MPI for the tests over mpirun, which are skipped without them
 
+setup-hosts: .make/hosts  ## DeepSpeed, Accelerate, Lightning and transformers for their tests, which are skipped without them
+
 clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
 	rm -rf $(VENV) $(VENV)-flower .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find distopt -name '*.so' -delete
@@ -122,9 +124,11 @@ $(BIN)/python:
 	  --no-build-isolation -e ".[flower]" pytest pytest-timeout hypothesis mypy scikit-learn
 	@mkdir -p .make && touch $@
 
-# What the extra `dev` or `mpi` lists, without building the package once more.
-.make/dev .make/mpi: .make/torch pyproject.toml
+# What the extras list (`dev`, `mpi`, those of the hosts), without building the package once more.
+.make/hosts: EXTRAS := deepspeed accelerate lightning transformers
+.make/dev .make/mpi .make/hosts: EXTRAS ?= $(@F)
+.make/dev .make/mpi .make/hosts: .make/torch pyproject.toml
 	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print(*project['optional-dependencies']['$(@F)'], sep='\n')" > $@.txt
+	  print(*(line for extra in '$(EXTRAS)'.split() for line in project['optional-dependencies'][extra]), sep='\n')" > $@.txt
 	$(PIP) install -q -r $@.txt
 	@touch $@
