@@ -33,6 +33,13 @@ class Events:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step, walltime=time_s)
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts of one step."""
+        if self._writer is None:
+            self._writer = self._make(self._folder, purge_step=step)
+        for name, text in texts.items():
+            self._writer.add_text(name, text, step)
+
     def close(self) -> None:
         """Writes what waits to be written. A run that goes on afterwards opens the folder again."""
         if self._writer is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from distopt import plotting
+from distopt import observe, plotting
 from distopt.cli import compare as comparison
 from distopt.cli import (
     datasets,
@@ -421,6 +421,14 @@ def simulate(
     console.print(simulate_report.lines(found, job.simulation.clients.num_clients), highlight=False, soft_wrap=True)
     paths = simulate_report.write(job, history, found)
     console.print("Written: " + " ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+@app.command(name="report")
+def read_report(
+    folder: Annotated[Path, Argument(help="Folder of the job's log, which holds stats-0.jsonl.", show_default=False)],
+) -> None:
+    """Print what the logs of a job's ranks say: steps, bytes, where the time went, who was slow, what to look at."""
+    print(observe.report(observe.read_folder(folder)))
 
 
 def _write_default(path: Path | None) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class CodedTraining:
         rank: Of this process.
         batches: Which samples a step takes, if given.
     """
+
+    family: ClassVar = "coding"
 
     def __init__(
         self,
@@ -156,6 +158,11 @@ class CodedTraining:
         """Ranks that compute."""
         return self.scheme.num_workers
 
+    @property
+    def step(self) -> int:
+        """Gradients so far, those before a checkpoint included; on a worker those due when it last computed."""
+        return self._role.step if isinstance(self._role, Worker) else self._role.position[0]
+
     def steps(self, num_steps: int) -> Iterator[int]:
         """The next steps. On the master every one; a worker skips those that are over when it gets to them.
 
@@ -216,7 +223,7 @@ class CodedTraining:
 
     def report(self) -> str:
         """Who was slow, what was waited for and what coding saved, for people; of the master."""
-        return reports.as_text(self.stats(), self.scheme) if self.is_master else ""
+        return reports.as_text(self.stats(), reports.name_of(self.scheme)) if self.is_master else ""
 
     def trace(self) -> Trace:
         """The seconds of each round and worker so far, for `distopt plan-code`; of the master.

@@ -13,19 +13,19 @@ from distopt.coding.statistics import Arrivals
 from distopt.coding.trace import Trace
 from distopt.plotting import COLOURS, load_matplotlib
 
-__all__ = ["Arrivals", "as_text", "as_trace", "plot_arrivals"]
+__all__ = ["Arrivals", "as_text", "as_trace", "name_of", "plot_arrivals"]
 
 
-def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
+def as_text(stats: Mapping[str, Any], name: str) -> str:
     """The report: who was slow, how often and how much, what was waited for, what coding saved.
 
     Args:
         stats: Of the master.
-        scheme: At work.
+        name: Of the scheme at work.
     """
     rounds = max(1, stats["rounds"])
     lines = [
-        f"{_name(scheme)}: {stats['steps']} gradients in {stats['rounds']} rounds, {stats['waited_s']:.2f} s "
+        f"{name}: {stats['steps']} gradients in {stats['rounds']} rounds, {stats['waited_s']:.2f} s "
         f"({1e3 * stats['waited_s'] / rounds:.1f} ms per round)",
         f"{'worker':>6} {'in time':>8} {'late':>6} {'late by':>9} {'skipped':>8} {'median':>9}",
     ]
@@ -64,7 +64,8 @@ def as_text(stats: Mapping[str, Any], scheme: Scheme) -> str:
     return "\n".join(lines)
 
 
-def _name(scheme: Scheme) -> str:
+def name_of(scheme: Scheme) -> str:
+    """What people call it."""
     return repr(scheme.code) if isinstance(scheme, OneRound) else repr(scheme)
 
 

@@ -47,6 +47,7 @@ class Worker:
         self._order: tuple[int, list[Task]] | None = None  # the newest round and its tasks, not answered yet
         self._next_job = 0
         self._next_round = 0  # the first one after the loop under way
+        self._newest = -1  # the round that was computed last
         self._done = 0  # rounds that the master is done with
         self._ended: str | None = None  # why, or "" if all went well
         self._has_left = False
@@ -84,6 +85,7 @@ class Worker:
                 "`for step in coded.steps(...)`"
             )
         round, tasks = self._order
+        self._newest = round
         try:
             if self._unchecked:
                 self._computation.models[tasks[0].job % len(self._computation.models)].write(
@@ -117,6 +119,11 @@ class Worker:
     def position(self) -> tuple[int, int]:
         """The next job and round; inside a loop those that it began with."""
         return self._next_job, self._next_round
+
+    @property
+    def step(self) -> int:
+        """Jobs that were due when this worker last computed."""
+        return self._next_job + max(0, self._newest + 1 - self._next_round - self._delay)
 
     def start_at(self, job: int, round: int) -> None:
         """Goes on with this round, before the first step."""

@@ -4,7 +4,7 @@ import logging
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ class Attachment:
         algorithm: The configuration at work.
         process_group: The ranks it exchanges with.
     """
+
+    family: ClassVar = "ddp"
 
     def __init__(
         self,
@@ -110,6 +112,16 @@ class Attachment:
         # The heartbeat's thread keeps nothing of this alive, and ends with it.
         weakref.finalize(self, self._peers.close).atexit = False
         self._announce()
+
+    @property
+    def rank(self) -> int:
+        """Of this process among all of the job, not only those of `process_group`."""
+        return dist.get_rank() if dist.is_initialized() else self.process_group.rank()
+
+    @property
+    def step(self) -> int:
+        """Completed steps, those before a checkpoint included."""
+        return self._hook.step
 
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a collective; under "last" those of the latest step.

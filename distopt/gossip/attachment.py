@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class GossipAttachment:
         algorithm: The configuration at work.
         process_group: The ranks that have begun; None for one that has joined later.
     """
+
+    family: ClassVar = "gossip"
 
     def __init__(
         self,
@@ -121,6 +123,16 @@ class GossipAttachment:
         """Which of the ranks that take part now this one is, from 0, and how many they are: for names of files."""
         members = self._exchange.members
         return members.index(self._assembly.number), len(members)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, which it keeps whoever else comes and goes."""
+        return self._assembly.number
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer, those before a checkpoint included."""
+        return self._participant.steps
 
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a collective.
