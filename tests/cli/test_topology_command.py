@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from distopt.cli.app import app
 from distopt.cli.topology import Question, answer, read_edges
 from distopt.cli.topology_drawing import canvas, positions, segments, text
-from distopt.config import from_config
 from distopt.errors import ConfigError
 from distopt.gossip import Gossip, PushSum, Ring, Topology, Torus, describe
+from distopt.job import from_config
 
 PLAIN = {"COLUMNS": "160", "TERM": "dumb"}
 

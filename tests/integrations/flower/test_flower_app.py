@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="Flower has an environment of its own: make t
 
 from flower_processes import PROGRAMS, environment, processes_of, wait_for_end
 
-from distopt.config import from_config
+from distopt.job import from_config
 
 ROOT = Path(__file__).parents[3]
 APP = ROOT / "examples" / "flower_app"
