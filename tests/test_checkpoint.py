@@ -112,6 +112,7 @@ DGC = distopt.DGC(density=0.05, warmup=distopt.ddp.ListWarmup(densities=(0.5,), 
     ],
     ids=["dgc-files", "dgc-dcp", "dgc-fp16-clip", "topk", "density-1"],
 )
+@pytest.mark.job
 def test_resume_in_new_processes_is_bit_identical(ranks, tmp_path, algorithm, with_dcp):
     pool = ranks(2)
     whole = pool(uninterrupted, algorithm)

@@ -74,6 +74,7 @@ def test_break_even_is_bits_kept_off_the_link_per_second_of_selecting():
 TINY = ["--data", "digits", "--model", "mlp", "--steps", "12"]
 
 
+@pytest.mark.job
 def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(warm_python, tmp_path):
     ran = warm_python.run("from distopt.cli import main; main()", "compare", *TINY, "--out", tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr

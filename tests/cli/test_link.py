@@ -45,6 +45,7 @@ def test_a_link_that_is_given(tmp_path):
     assert "allgather, 2 ranks: never faster than dense" in said
 
 
+@pytest.mark.job
 def test_measured_between_two_ranks(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "distopt.cli", "link", "--parameters", "1000000", "--out", str(tmp_path)]

@@ -140,6 +140,7 @@ main()
 """
 
 
+@pytest.mark.job
 def test_killed_and_started_again_it_ends_with_the_same_history(warm_python, small, tmp_path):
     path = small()
     ran = warm_python.run(KILLED, "simulate", path, "--out", tmp_path / "killed", OMP_NUM_THREADS="1")

@@ -71,6 +71,7 @@ def large_to_first():
     return correct
 
 
+@pytest.mark.job
 def test_large_frames_are_whole(ranks):
     assert ranks(3)(large_to_first)[0] == 2
 

@@ -194,6 +194,7 @@ def launch(tmp_path):
 
 @needs_mpi
 @pytest.mark.parametrize("carrier", ["tcp", pytest.param("sm", marks=pytest.mark.slow)])
+@pytest.mark.job
 def test_frames_arrive_whole_in_order_and_past_a_frozen_rank(launch, carrier):
     # Fault tolerance must not take a frozen rank for a dead one.
     job = launch(3, TOGETHER, "--with-ft", "ulfm", "--mca", "btl", f"self,{carrier}")

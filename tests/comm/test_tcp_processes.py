@@ -19,6 +19,8 @@ import os, signal, sys, time
 import torch
 from distopt.comm import TCPPeer, TCPServer
 
+pytestmark = pytest.mark.job
+
 address, rank = sys.argv[1], int(sys.argv[2])
 secret, size, longest = b"a secret of a test, and long enough", 4, 1 << 20
 

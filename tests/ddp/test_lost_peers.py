@@ -158,6 +158,7 @@ def deserted(warm_python, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.job
 def test_the_process_ends_although_its_collectives_never_do(deserted, ending):
     _, status, said = ENDINGS[ending]
     _, errors = deserted[ending].communicate(DEADLINE_S)

@@ -19,6 +19,8 @@ from distopt.cli.app import app
 from distopt.coding import Trace
 from example_ranks import EXAMPLES, run_ranks
 
+pytestmark = pytest.mark.job
+
 SCRIPT = EXAMPLES / "coded_training.py"
 LAUNCH = EXAMPLES.parent / "launch"
 STEPS = 60  # the dead one is gone long before the report
@@ -69,7 +71,6 @@ def test_ranks_without_a_launcher(quiet):
     assert {tensor.dtype for tensor in quiet(3).values()} == {torch.float64}
 
 
-@pytest.mark.job
 def test_torchrun_with_a_rotating_sleeper_leaves_a_report_a_plot_and_a_trace(tmp_path, quiet):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "5"]
     kept = ["--plot", tmp_path / "arrivals.png", "--record", tmp_path / "trace.csv"]
@@ -87,7 +88,6 @@ def test_torchrun_with_a_rotating_sleeper_leaves_a_report_a_plot_and_a_trace(tmp
     assert "uncoded" in planned.output
 
 
-@pytest.mark.job
 def test_torchrun_survivors_with_a_killed_worker(tmp_path, quiet):
     starter = ["bash", LAUNCH / "torchrun_survivors.sh"]
     output, found = run(starter, tmp_path, "--stragglers", "dead:3", RANKS="3")
@@ -96,7 +96,6 @@ def test_torchrun_survivors_with_a_killed_worker(tmp_path, quiet):
     assert "gone: its connection is gone" in of_worker(output, 1)
 
 
-@pytest.mark.job
 @mpirun.needs_mpi
 def test_mpirun_with_a_rotating_sleeper(tmp_path, quiet):
     arguments = ["--steps", STEPS, "--save", tmp_path / "model.pt", "--stragglers", "rotating:0.2"]
@@ -107,7 +106,6 @@ def test_mpirun_with_a_rotating_sleeper(tmp_path, quiet):
     assert "Most often slow: worker" in output
 
 
-@pytest.mark.job
 @mpirun.needs_mpi
 def test_mpirun_starter_with_a_killed_worker(tmp_path, quiet):
     starter = ["bash", LAUNCH / "mpirun.sh"]

@@ -13,6 +13,8 @@ import torch
 
 from example_ranks import EPOCHS, ROUTED, ddp_dgc_arguments, final_state, run_ranks
 
+pytestmark = pytest.mark.job
+
 # The first time around rank 1 dies in the middle of the second epoch.
 DEATH = """
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -50,7 +52,6 @@ def test_the_example_trains_and_says_what_it_saves(undisturbed):
     assert sum(name.startswith("distopt-") for name in final_state(checkpoints)) > 2  # u and v of two ranks
 
 
-@pytest.mark.job
 def test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical(tmp_path, undisturbed):
     (tmp_path / "killed.py").write_text(ROUTED.format(disturbance=DEATH))
     ran = torchrun("--max-restarts=2", str(tmp_path / "killed.py"), *ddp_dgc_arguments(tmp_path / "checkpoints"))

@@ -18,6 +18,8 @@ ROUNDS, DEADLINE_S = 20, 240
 ARGUMENTS = ["--rounds", str(ROUNDS), "--data", "digits"]
 ELSEWHERE = """
 import socket, time
+
+pytestmark = pytest.mark.job
 while True:
     try:
         socket.create_connection(("10.88.0.1", 7000), 5).close()
@@ -70,7 +72,6 @@ def test_by_tcp_it_is_the_simulation_to_the_last_digit(warm_python, simulated):
     assert "Attendance(hosts=(0, 2, 4," in outputs[1][0]
 
 
-@pytest.mark.job
 def test_torchrun(simulated):
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", EXAMPLE, *ARGUMENTS],
@@ -80,7 +81,6 @@ def test_torchrun(simulated):
     assert result(ran.stdout) == simulated
 
 
-@pytest.mark.job
 @mpirun.needs_mpi
 def test_mpirun(simulated):
     job = mpirun.start(3, EXAMPLE, arguments=ARGUMENTS)
@@ -89,7 +89,6 @@ def test_mpirun(simulated):
     assert result(said) == simulated
 
 
-@pytest.mark.job
 @netns.needs_namespaces
 def test_hosts_with_addresses_of_their_own(simulated):
     ran = netns.cluster(
@@ -100,7 +99,6 @@ def test_hosts_with_addresses_of_their_own(simulated):
     assert result(ran.stdout) == simulated
 
 
-@pytest.mark.job
 @netns.needs_namespaces
 def test_by_tcp_between_hosts(simulated):
     """The server is heard on the interface that it was given, and on no other."""

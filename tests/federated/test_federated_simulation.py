@@ -246,6 +246,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize(("losable", "round"), [("keeping", 1), ("keeping", 8), ("asynchronous", 5)])
+@pytest.mark.job
 def test_killed_and_resumed_it_is_bit_for_bit_the_run_that_was_not(warm_python, tmp_path, losable, round):
     path = tmp_path / "run.pt"
     ran = warm_python.run(textwrap.dedent(KILLED), os.path.dirname(__file__), path, round, losable)

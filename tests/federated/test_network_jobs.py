@@ -21,6 +21,8 @@ import mpirun
 from example_ranks import free_port
 from mpirun import needs_mpi
 
+pytestmark = pytest.mark.job
+
 DEADLINE_S = 240
 SECRET = "a secret of the tests, long enough"
 RANK = "from network_job import main; main()"
@@ -127,7 +129,6 @@ def test_ranks_are_the_simulation_to_the_bit(warm_python, tmp_path, name, more):
         assert found["sent"] == sum(map(int, re.findall(r"bytes_received=(\d+)", took)))
 
 
-@pytest.mark.job
 def test_torchrun(tmp_path):
     job = {"algorithm": MADE["fedau"].to_dict(), "rounds": 5, "chance": 0.6}
     path = tmp_path / "job.py"
@@ -140,7 +141,6 @@ def test_torchrun(tmp_path):
     check_simulated(torch.load(tmp_path / "server.pt", weights_only=True), job)
 
 
-@pytest.mark.job
 @needs_mpi
 def test_mpirun(tmp_path):
     job = {"algorithm": MADE["scaffold"].to_dict(), "rounds": 5, "chance": 0.6}
@@ -150,7 +150,6 @@ def test_mpirun(tmp_path):
     check_simulated(torch.load(tmp_path / "server.pt", weights_only=True), job)
 
 
-@pytest.mark.job
 @needs_mpi
 def test_mpi_ranks_outlive_one_that_is_killed(tmp_path):
     fault = {"what": "killed", "versions": [2], "clients": [4]}
@@ -179,7 +178,6 @@ def test_a_site_of_several_ranks_is_a_site_of_one_up_to_rounding(warm_python, tm
         assert ["None" in said for said in hosts] == [False, True, False, True]
 
 
-@pytest.mark.job
 def test_a_site_of_several_ranks_refuses_batch_norm(warm_python, tmp_path):
     job = {"algorithm": described("fedau"), "rounds": 2, "server": {"ranks_per_site": 2}, "site": {"ranks_per_site": 2}}
     with Job(warm_python, tmp_path, 3, **job) as ranks:
@@ -188,7 +186,6 @@ def test_a_site_of_several_ranks_refuses_batch_norm(warm_python, tmp_path):
         assert all(said in rank._written()[1] for rank in ranks.ranks[:2])
 
 
-@pytest.mark.job
 def test_a_site_of_several_ranks_shares_the_samples_that_it_looks_at(warm_python, tmp_path):
     """DIFF2 with hardly any noise, whose last bits would decide what it is."""
     sizes = [len(part) for part in network_job.data().parts]
@@ -209,7 +206,7 @@ def test_a_site_of_several_ranks_shares_the_samples_that_it_looks_at(warm_python
 SITE_2 = [1, 4, 7]  # whom rank 2 of 4 hosts
 
 
-@pytest.mark.parametrize("tcp", [True, pytest.param(False, marks=pytest.mark.job)], ids=["tcp", "gloo"])
+@pytest.mark.parametrize("tcp", [True, pytest.param(False)], ids=["tcp", "gloo"])
 def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_path, tcp):
     fault = {"what": "killed", "versions": [2], "clients": [4]}
     job = {"algorithm": described("fedau"), "rounds": 5, "faults": {"2": fault}}
@@ -225,7 +222,6 @@ def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["fedau", "scaffold"])
-@pytest.mark.job
 def test_a_site_that_comes_back_takes_part_again(warm_python, tmp_path, name):
     fault = {"what": "killed", "versions": [1], "clients": [7], "seconds": 0.5}
     job = {"algorithm": described(name), "rounds": 6, "faults": {"2": fault}, "journal": True, "pause_after": 3}
@@ -241,7 +237,6 @@ def test_a_site_that_comes_back_takes_part_again(warm_python, tmp_path, name):
         check_of_participants(found, job)  # SCAFFOLD's too: the site's file has what its clients kept
 
 
-@pytest.mark.job
 def test_a_site_that_never_answers_is_not_waited_for_beyond_the_deadline(warm_python, tmp_path):
     fault = {"what": "frozen", "versions": [1], "clients": [1]}
     job = {"algorithm": described("fedau"), "rounds": 5, "faults": {"2": fault}, "server": {"deadline_s": 1.0}}
@@ -253,7 +248,6 @@ def test_a_site_that_never_answers_is_not_waited_for_beyond_the_deadline(warm_py
 
 
 @pytest.mark.parametrize("transport", ["tcp", "gloo"])
-@pytest.mark.job
 def test_a_site_that_is_late_is_refused_and_takes_part_later(warm_python, tmp_path, transport):
     fault = {"what": "slow", "versions": [1], "clients": [1], "seconds": 2.5}
     job = {"algorithm": described("fedau"), "rounds": 12, "faults": {"2": fault}, "server": {"deadline_s": 1.0}}
@@ -268,7 +262,6 @@ def test_a_site_that_is_late_is_refused_and_takes_part_later(warm_python, tmp_pa
         check_of_participants(found, job)
 
 
-@pytest.mark.job
 def test_replies_with_nan_are_refused(warm_python, tmp_path):
     fault = {"what": "nan", "versions": [1, 2], "clients": [1, 7]}
     job = {"algorithm": described("fedau"), "rounds": 4, "faults": {"2": fault}, "compressed": True}
@@ -298,7 +291,6 @@ def test_what_is_no_reply_of_this_site_and_round_is_refused_and_changes_nothing(
         assert sum(row["refused"] for row in found["rows"]) <= sum(counted.values())
 
 
-@pytest.mark.job
 def test_a_reply_of_another_shape_is_refused(warm_python, tmp_path):
     job = {"algorithm": described("fedau"), "rounds": 2, "lies": {"2": ["shape"]}}
     with Job(warm_python, tmp_path, 4, tcp=True, **job) as ranks:
@@ -309,7 +301,6 @@ def test_a_reply_of_another_shape_is_refused(warm_python, tmp_path):
         assert torch.equal(found["model"], simulated_without)
 
 
-@pytest.mark.job
 def test_garbage_and_huge_announcements_at_the_port_change_nothing(warm_python, tmp_path):
     job = {"algorithm": described("fedau"), "rounds": 4, "pause_after": 2}
     with Job(warm_python, tmp_path, 3, tcp=True, **job) as ranks:
@@ -338,7 +329,6 @@ def test_who_lacks_the_secret_is_refused_and_counted(warm_python, tmp_path):
         assert [row["participants"] for row in ranks.found()["rows"]] == [[0, 2, 4, 6, 8]] * 2
 
 
-@pytest.mark.job
 def test_over_gloo_too_nobody_is_heard_without_the_secret(warm_python, tmp_path):
     job = {"algorithm": described("fedau"), "rounds": 2, "server": {"fewest_sites": 1, "wait_s": 20.0}}
     job["site"] = {"wait_s": 4.0}
@@ -353,8 +343,8 @@ def test_over_gloo_too_nobody_is_heard_without_the_secret(warm_python, tmp_path)
     ("name", "more"),
     [
         ("scaffold", {"compressed": True}),
-        pytest.param("fedau", {"chance": 0.5}, marks=pytest.mark.job),
-        pytest.param("fedspeed", {"chance": 0.5}, marks=pytest.mark.job),
+        pytest.param("fedau", {"chance": 0.5}),
+        pytest.param("fedspeed", {"chance": 0.5}),
     ],
 )
 def test_a_server_that_is_killed_and_started_again_makes_the_same_history(warm_python, tmp_path, name, more):
@@ -366,7 +356,6 @@ def test_a_server_that_is_killed_and_started_again_makes_the_same_history(warm_p
         check_simulated(ranks.found(), job)
 
 
-@pytest.mark.job
 def test_a_whole_job_that_is_started_again_goes_on_from_its_files(warm_python, tmp_path):
     """As under torchrun, which ends all ranks: sites find what their clients kept in files of their own."""
     job = {"algorithm": described("scaffold"), "rounds": 8, "checkpoint": 2, "kill_server_after": 5, "journal": True}
@@ -378,7 +367,6 @@ def test_a_whole_job_that_is_started_again_goes_on_from_its_files(warm_python, t
         check_simulated(ranks.found(), job)
 
 
-@pytest.mark.job
 def test_so_does_one_whose_sites_are_several_ranks(warm_python, tmp_path):
     """The leader's file has what its clients kept; the other rank of the site has nothing and is told."""
     job = {"algorithm": described("scaffold"), "rounds": 8, "checkpoint": 2, "kill_server_after": 5, "journal": True}
@@ -390,7 +378,6 @@ def test_so_does_one_whose_sites_are_several_ranks(warm_python, tmp_path):
         torch.testing.assert_close(ranks.found()["model"], simulated(job)[1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.job
 def test_a_job_that_does_not_wait_goes_on_after_its_server_s_death(warm_python, tmp_path):
     algorithm = {"algorithm": "fedbuff", "buffer_size": 3}
     job = {"algorithm": algorithm, "rounds": 30, "checkpoint": 2, "kill_server_after": 11}
@@ -410,7 +397,6 @@ def test_a_job_that_does_not_wait_goes_on_after_its_server_s_death(warm_python, 
     ids=["fedfix", "fedbuff"],
 )
 @pytest.mark.parametrize("what", ["killed", "frozen"])
-@pytest.mark.job
 def test_who_does_not_wait_goes_on_without_a_site(warm_python, tmp_path, algorithm, what):
     fault = {"what": what, "versions": list(range(2, 40)), "clients": [4]}
     job = {"algorithm": algorithm, "rounds": 40, "faults": {"2": fault}, "server": {"deadline_s": 2.0}}
@@ -425,7 +411,6 @@ def test_who_does_not_wait_goes_on_without_a_site(warm_python, tmp_path, algorit
             assert {len(each) for each in took} == {3}
 
 
-@pytest.mark.job
 def test_a_site_that_fails_says_why_and_the_others_go_on(warm_python, tmp_path):
     fault = {"what": "fails", "versions": [1], "clients": [1]}
     job = {"algorithm": described("fedau"), "rounds": 3, "faults": {"2": fault}}

@@ -68,6 +68,7 @@ def test_without_a_compiler_it_installs_and_says_so_once(warm_python, source, tm
     assert "DISTOPT_CPU_CAPABILITY=avx2 is not available here: the native kernels were not built" in forced.stderr
 
 
+@pytest.mark.job
 def test_a_required_build_fails_loudly(source, tmp_path):
     build = (sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path))
     broken = {"CC": "/nonexistent", "CXX": "/nonexistent"}
