@@ -206,7 +206,7 @@ def test_a_site_of_several_ranks_shares_the_samples_that_it_looks_at(warm_python
 SITE_2 = [1, 4, 7]  # whom rank 2 of 4 hosts
 
 
-@pytest.mark.parametrize("tcp", [True, pytest.param(False)], ids=["tcp", "gloo"])
+@pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "gloo"])
 def test_a_site_that_is_killed_in_a_round_does_not_take_part(warm_python, tmp_path, tcp):
     fault = {"what": "killed", "versions": [2], "clients": [4]}
     job = {"algorithm": described("fedau"), "rounds": 5, "faults": {"2": fault}}
@@ -343,8 +343,8 @@ def test_over_gloo_too_nobody_is_heard_without_the_secret(warm_python, tmp_path)
     ("name", "more"),
     [
         ("scaffold", {"compressed": True}),
-        pytest.param("fedau", {"chance": 0.5}),
-        pytest.param("fedspeed", {"chance": 0.5}),
+        ("fedau", {"chance": 0.5}),
+        ("fedspeed", {"chance": 0.5}),
     ],
 )
 def test_a_server_that_is_killed_and_started_again_makes_the_same_history(warm_python, tmp_path, name, more):
