@@ -13,7 +13,8 @@ of taking in what was under way at the end of each block, without evaluation; by
 host 1 has sent. The seeds decide start and batches. The ways take turns by seed, so they all see the machine alike.
 
 How much of an exchange is hidden is from a trace of torch.profiler of the overlapped way: the part of the time of
-exchanges (`distopt::exchange`, in a thread of its own) in which the training thread does not wait (`distopt::wait`).
+exchanges (`distopt::gossip::exchange`, in a thread of its own) in which the training thread does not wait
+(`distopt::gossip::wait`).
 
 Limits: the hosts share the machine's cores, two to a core where there are two: the computation of all ways takes longer
 for it, alike. Needs root.

@@ -137,7 +137,7 @@ def hidden(events: Iterable[Any]) -> dict[str, float]:
     """How much of the exchanges goes on while the training thread does not wait for them."""
     events = list(events)
     spans = {
-        name: _union((e.time_range.start, e.time_range.end) for e in events if e.name == f"distopt::{name}")
+        name: _union((e.time_range.start, e.time_range.end) for e in events if e.name == f"distopt::gossip::{name}")
         for name in ("exchange", "wait")
     }
     total = _length(spans["exchange"])

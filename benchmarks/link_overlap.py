@@ -1,9 +1,9 @@
 """How much of an exchange the backward pass hides, from the spans of torch.profiler.
 
 An exchange is under way while a collective runs (gloo's own spans) or a bucket is exchanged by a thread of its own
-(`distopt::exchange`). Backward computes while the autograd engine evaluates a node other than AccumulateGrad, where DDP
-copies gradients and calls the communication hook. The overlapped fraction is the part of the first during which the
-second goes on.
+(`distopt::ddp::exchange`). Backward computes while the autograd engine evaluates a node other than AccumulateGrad,
+where DDP copies gradients and calls the communication hook. The overlapped fraction is the part of the first during
+which the second goes on.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from typing import Any
 Interval = tuple[float, float]  # begin and end, in microseconds
 
 _NODE = "autograd::engine::evaluate_function"
-_EXCHANGES = ("gloo:", "distopt::exchange")
+_EXCHANGES = ("gloo:", "distopt::ddp::exchange")
 _SPANS = ("distopt::", "gloo:")
 
 

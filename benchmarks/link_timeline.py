@@ -16,9 +16,9 @@ FORWARD = "DistributedDataParallel.forward"
 ROWS = {
     "forward": (FORWARD,),
     "backward": ("autograd::engine::evaluate_function",),
-    "select": ("distopt::select",),
+    "select": ("distopt::ddp::select",),
     "all-gather": ("gloo:",),
-    "decode": ("distopt::decode",),
+    "decode": ("distopt::ddp::decode",),
     "optimizer": ("Optimizer.step",),
 }
 COLOURS = ("#8da0cb", "#66c2a5", "#fc8d62", "#e78ac3", "#a6d854", "#b3b3b3")

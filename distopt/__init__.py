@@ -5,7 +5,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import checkpoint, coding, ddp, federated, gossip, ops
+from distopt import checkpoint, coding, ddp, federated, gossip, observe, ops
 from distopt.coding import GradientCoding
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
@@ -44,5 +44,6 @@ __all__ = [
     "federated",
     "from_config",
     "gossip",
+    "observe",
     "ops",
 ]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt.coding.answer import NUM_PROJECTIONS, Answer, TaskResult
 from distopt.coding.data_parts import Batches, DataPart, part_of
@@ -21,6 +20,7 @@ from distopt.coding.flat import FlatModel
 from distopt.coding.parity import fingerprint
 from distopt.coding.scheme import Task
 from distopt.errors import CompatibilityError
+from distopt.spans import span
 
 # The SUM of the losses of a part's samples; with its number of samples where `part.samples` is None.
 PartLoss = Callable[[DataPart], "Tensor | tuple[Tensor, float]"]
@@ -68,7 +68,7 @@ class Computation:
         """
         began = time.perf_counter()
         results = []
-        with record_function("distopt::coded_gradient"):
+        with span("coding", "gradient"):
             for task in tasks:
                 flat = self.models[task.job % len(self.models)]
                 if parameters is not None:

@@ -17,7 +17,6 @@ from contextlib import suppress
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt.coding import answer as answers
 from distopt.coding.answer import Answer
@@ -32,6 +31,7 @@ from distopt.coding.statistics import Statistics
 from distopt.coding.stopping import StopRule
 from distopt.comm import Message, Transport, message
 from distopt.errors import CompatibilityError, DecodeError, DesyncError, DistoptError
+from distopt.spans import span
 
 _log = logging.getLogger("distopt")
 
@@ -153,11 +153,11 @@ class Master:
                 "`for step in coded.steps(...)`"
             )
         try:
-            with record_function("distopt::coded_round"):
+            with span("coding", "round"):
                 self._begin_round(run)
                 self._wait(run)
                 self._end_round(run)
-            with record_function("distopt::decode"):
+            with span("coding", "decode"):
                 return self._decode_due(run)
         except DistoptError as error:
             self.end(f"{type(error).__name__}: {error}")

@@ -23,7 +23,6 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt.coding import rules
 from distopt.coding.answer import NUM_PROJECTIONS
@@ -35,6 +34,7 @@ from distopt.coding.scheme import Task
 from distopt.coding.statistics import Statistics
 from distopt.comm import Message, TensorSpec, Transport, message
 from distopt.errors import CompatibilityError, DecodeError, DesyncError, PeerLostError
+from distopt.spans import span
 
 _BACKLOG_BYTES, _BACKLOG_GRADIENTS = 1 << 30, 16  # whichever is more is kept for a rank that is behind
 _LOOK_S = 0.5
@@ -144,7 +144,7 @@ class Sharded:
             for rank, compute_s in self._early.pop(step, {}).items():
                 self.statistics.arrived(step, rank, 0.0, compute_s)
         self._compute(step, loss)
-        with record_function("distopt::coded_round"):
+        with span("coding", "round"):
             slices = self._await(step, began)
         losses = [each.numbers for each in slices]
         mean_loss, count = losses[0][0] / losses[0][1], losses[0][1]
@@ -307,7 +307,7 @@ class Sharded:
         parts[row] = said
         if not self._code.decodable(parts):
             return
-        with record_function("distopt::decode"):
+        with span("coding", "decode"):
             decoded = self._combine(step, parts)
         self._decoded_here = step
         for old in [round for round in self._parts if round <= step]:

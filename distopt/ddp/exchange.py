@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.futures import Future
-from torch.profiler import record_function
 
 from distopt.comm import Channels, KeptUntilDone
 from distopt.compress import Header
@@ -22,6 +21,7 @@ from distopt.ddp.plan import BucketPlan, Slot
 from distopt.ddp.routes import ROUTES
 from distopt.ddp.statistics import Statistics
 from distopt.errors import DistoptError
+from distopt.spans import span
 
 
 class Exchange:
@@ -133,7 +133,7 @@ class Exchange:
         try:
             if error is not None:
                 raise error
-            with record_function("distopt::decode"):
+            with span("ddp", "decode"):
                 self._decode(item)
         except DistoptError as problem:
             # Raised at optimizer.step(): from here the user would see a bare RuntimeError.

@@ -29,6 +29,7 @@ from distopt.ddp.policy import Routing, StepPolicy
 from distopt.ddp.statistics import Statistics
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DesyncError, DistoptError, PeerLostError
+from distopt.spans import span
 
 _log = logging.getLogger("distopt")
 
@@ -178,9 +179,10 @@ class CommHook:
     def _agree_on_start(self, device: torch.device) -> None:
         """Compares what sizes depend on: ranks that disagree would start collectives that do not fit each other."""
         own = torch.tensor([self.step, self.sends_whole], device=device)
-        starts, done = all_gather(own, self._group)
         try:
-            self._peers.wait(done)
+            with span("ddp", "agree"):
+                starts, done = all_gather(own, self._group)
+                self._peers.wait(done)
             check_steps([int(step) for step, _ in starts], self.step)
             if any(bool(paused) != self.sends_whole for _, paused in starts):
                 raise DesyncError(
@@ -294,7 +296,9 @@ class CommHook:
             if position is not None:
                 first = self._order[plan.slots[position].tracked.name]
                 break
-        reports = agree_on_nonfinite(first, self._names, self._group, waiting[0][0].buffer().device, self._peers.wait)
+        device = waiting[0][0].buffer().device
+        with span("ddp", "agree"):
+            reports = agree_on_nonfinite(first, self._names, self._group, device, self._peers.wait)
         status = torch.int32.itemsize
         self.statistics.add(bytes_sent=status, link_bytes_sent=allgather_bytes(self._group.size(), status))
         if not reports:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from torch.profiler import record_function
+from distopt.spans import span
 
 _PER_STEP = (
     "bytes_sent",
@@ -48,7 +48,7 @@ class Statistics:
     def selecting(self) -> Iterator[None]:
         """Measures, and shows in a profile, what comes before the network."""
         began = time.perf_counter()
-        with record_function("distopt::select"):
+        with span("ddp", "select"):
             yield
         self.add(seconds_selecting=time.perf_counter() - began)
 
@@ -56,7 +56,7 @@ class Statistics:
     def launching(self) -> Iterator[None]:
         """Counts a bucket as on its way, and shows the launch in a profile."""
         self.launched()
-        with record_function("distopt::launch"):
+        with span("ddp", "launch"):
             yield
 
     def launched(self) -> None:

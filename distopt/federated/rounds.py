@@ -22,6 +22,7 @@ from distopt.federated.layout import Layout
 from distopt.federated.privacy.job import Budget
 from distopt.federated.privacy.private_algorithm import COLUMNS as PRIVATE_COLUMNS
 from distopt.federated.server import Server
+from distopt.spans import span
 
 _log = logging.getLogger("distopt")
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -150,7 +151,8 @@ class Rounds:
         down = self.broadcast.num_bytes
         self.state.refused += came.refused
         heard = self.state.refused.copy()
-        self.state, self.broadcast = self.server.step(self.state, came.replies, self._cohort.exchange)
+        with span("federated", "aggregate"):
+            self.state, self.broadcast = self.server.step(self.state, came.replies, self._cohort.exchange)
         refused = self.state.refused - before
         row: dict[str, Any] = {
             "round": number + 1,
@@ -178,7 +180,8 @@ class Rounds:
         assert self._evaluate is not None
         self._layout.write(self._model, self.state.model)
         self._model.eval()
-        given = self._evaluate(self._model)
+        with span("federated", "evaluate"):
+            given = self._evaluate(self._model)
         try:
             found = {str(name): float(value) for name, value in given.items()}
         except (AttributeError, TypeError, ValueError) as error:

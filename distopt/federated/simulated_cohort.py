@@ -12,6 +12,7 @@ from distopt.federated.exchange import Exchange
 from distopt.federated.execution import Trainer
 from distopt.federated.messages import Broadcast, Reply
 from distopt.federated.schedule import Round, Schedule
+from distopt.spans import span
 
 
 class SimulatedCohort:
@@ -53,7 +54,8 @@ class SimulatedCohort:
         for version, sent in self._at_work.items():
             clients = sorted(client for client, answered in planned.answers if answered == version)
             if clients:
-                replies += self.trainer.train(sent, clients)
+                with span("federated", "train"):
+                    replies += self.trainer.train(sent, clients)
         wanted = self.schedule.versions_at_work
         self._at_work = {version: sent for version, sent in self._at_work.items() if version in wanted}
         return replies

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt.errors import StateMismatchError
 from distopt.gossip.configuration import Gossip
@@ -16,6 +15,7 @@ from distopt.gossip.correction import Correction, Segment
 from distopt.gossip.gradient_clock import GradientClock
 from distopt.gossip.mixing.mixer import Mixer
 from distopt.gossip.mixing.rule import State, Surroundings
+from distopt.spans import span
 
 Act = Callable[[Mixer], None]
 
@@ -145,7 +145,7 @@ class Participant:
         self, vectors: Sequence[Tensor], lrs: Sequence[Tensor | float], moments: Sequence[Tensor], mixer: Mixer
     ) -> None:
         """Changes all or, if it raises, nothing: it is tried again with those that are left."""
-        with record_function("distopt::exchange"):
+        with span("gossip", "exchange"):
             kept = [(rows.clone(), _cloned(state)) for rows, state in zip(vectors[:-1], self._states, strict=False)]
             moments_mixed = mixer.mix(*moments) if moments else ()
             try:
@@ -169,7 +169,7 @@ class Participant:
         if self._under_way is None:
             return
         later, self._under_way = self._under_way, None
-        with record_function("distopt::wait"):
+        with span("gossip", "wait"):
             later.result()
         for rows, mixed, sent in zip(vectors, self._mixed, self._sent, strict=True):
             rows.add_(mixed).sub_(sent)

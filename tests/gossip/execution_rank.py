@@ -229,7 +229,7 @@ def traced(path):
     return {
         each["name"]: (each["tid"], each["ts"], each["ts"] + each["dur"])
         for each in events
-        if each.get("name") in ("compute", "distopt::exchange", "distopt::wait") and "dur" in each
+        if each.get("name") in ("compute", "distopt::gossip::exchange", "distopt::gossip::wait") and "dur" in each
     }
 
 

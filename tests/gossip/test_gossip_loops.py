@@ -58,7 +58,7 @@ def test_statistics_are_averaged_also_where_exchanges_overlap(ranks):
 
 def test_a_trace_shows_the_exchange_beside_the_computation(ranks, tmp_path):
     spans, _ = ranks(2)(execution_rank.traced, tmp_path / "trace.json")
-    compute, exchange, wait = spans["compute"], spans["distopt::exchange"], spans["distopt::wait"]
+    compute, exchange, wait = spans["compute"], spans["distopt::gossip::exchange"], spans["distopt::gossip::wait"]
     assert exchange[0] != compute[0] == wait[0]  # another thread
     assert exchange[1] < compute[1] < compute[2] < exchange[2]
     assert compute[2] < wait[1]

@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt import ops
 from distopt.comm import Channels, all_gather, all_reduce_sum, all_to_all
@@ -32,6 +31,7 @@ from distopt.ddp.groups import Groups
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.plan import Slot
 from distopt.ddp.statistics import Statistics
+from distopt.spans import span
 
 
 def send(
@@ -54,7 +54,7 @@ def send(
 
     def phases() -> None:
         try:
-            with record_function("distopt::exchange"):
+            with span("ddp", "exchange"):
                 _through_owners(item, channels, messages, indices)
                 if averaged is not None:
                     averaged.wait()

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from distopt.comm import Channels, all_gather, all_reduce_sum, broadcast_from_first, reduce_to_first
 from distopt.compress import Header
 from distopt.ddp.contribution import Contribution, add_dense_part, select, zeros_for_dense_part
 from distopt.ddp.inflight import InFlight
 from distopt.ddp.statistics import Statistics
+from distopt.spans import span
 
 
 def send(
@@ -44,7 +44,7 @@ def send(
 
     def phases() -> None:
         try:
-            with record_function("distopt::exchange"):
+            with span("ddp", "exchange"):
                 _through_leaders(item, channels, statistics)
                 told.wait()
                 assert plan.layout is not None

@@ -32,6 +32,7 @@ from distopt.federated.pacing import AfterArrivals, EveryInterval, Synchronous
 from distopt.federated.participation import ParticipationProcess
 from distopt.federated.randomness import stream, stream_key
 from distopt.federated.uplink import UplinkCompression
+from distopt.spans import span
 
 _log = logging.getLogger("distopt")
 _LOOK_S = 0.1  # longest wait before losses are looked for
@@ -180,6 +181,10 @@ class RemoteCohort:
             PeerLostError: All sites are gone.
         """
         self._version = broadcast.version
+        with span("federated", "wait"):
+            return self._answers(broadcast)
+
+    def _answers(self, broadcast: Broadcast) -> Answers:
         self._hear_all()
         self._wait_for_somebody()
         drawn = [int(client) for client in self._participation.next_round()]

@@ -32,6 +32,7 @@ from distopt.federated.network.letters import (
     Welcome,
 )
 from distopt.federated.network.packing import pack
+from distopt.spans import span
 
 _log = logging.getLogger("distopt")
 _LOOK_S = 0.1  # longest wait before the server's loss is looked for
@@ -151,7 +152,8 @@ class Site:
                 self._counted["overruled"] += len(task.clients) - at
                 break
             journal.about_to_answer(sent.version, client)
-            (reply,) = trainer.train(sent, [client])
+            with span("federated", "train"):
+                (reply,) = trainer.train(sent, [client])
             if self._has_come_back():
                 self._counted["overruled"] += len(task.clients) - at
                 late.clear()

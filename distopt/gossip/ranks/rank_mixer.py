@@ -10,6 +10,7 @@ from torch import Tensor
 from distopt.gossip.codec import Codec
 from distopt.gossip.graph import Graph
 from distopt.ops import weighted_sum_
+from distopt.spans import span
 
 _TAGS_PER_ROUND = 64
 _MOST_TAGS = 1 << 30
@@ -139,12 +140,13 @@ class RankMixer:
         Block by block: what has arrived is still in the cache.
         """
         weights = [float(self._weights[self._place]), *(float(self._weights[sender]) for sender in self._senders)]
-        for start in range(0, len(own), _BLOCK):
-            row, *rest = (each[start : start + _BLOCK] for each in (own, *others))
-            average = scratch[: len(row)]
-            weighted_sum_(average, [row, *rest], weights)
-            rest[0].copy_(row)
-            row.copy_(average)
+        with span("gossip", "average"):
+            for start in range(0, len(own), _BLOCK):
+                row, *rest = (each[start : start + _BLOCK] for each in (own, *others))
+                average = scratch[: len(row)]
+                weighted_sum_(average, [row, *rest], weights)
+                rest[0].copy_(row)
+                row.copy_(average)
 
     def mix_coded(self, rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_coded`."""
@@ -160,7 +162,8 @@ class RankMixer:
         wide = torch.promote_types(row.dtype, torch.float32)
         out = torch.empty(row.numel(), dtype=wide, device=row.device)
         if row.numel():
-            weighted_sum_(out, [row.reshape(-1), *(other.to(row.device) for other in others)], parts)
+            with span("gossip", "average"):
+                weighted_sum_(out, [row.reshape(-1), *(other.to(row.device) for other in others)], parts)
         return out.to(row.dtype).view(row.shape)
 
     def _swap(self, rows: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -198,13 +201,14 @@ class RankMixer:
         self._tag += 1
 
     def _wait(self, works: Sequence[tuple[int, Any]], broken: set[int]) -> None:
-        for place, work in works:
-            try:
-                work.wait(self._patience)  # else it is the time for the group's connections
-            except RuntimeError as error:
-                if "imed out" in str(error):
-                    raise SilentError(place) from None
-                broken.add(place)
+        with span("gossip", "transfer"):
+            for place, work in works:
+                try:
+                    work.wait(self._patience)  # else it is the time for the group's connections
+                except RuntimeError as error:
+                    if "imed out" in str(error):
+                        raise SilentError(place) from None
+                    broken.add(place)
 
     def _begin(
         self, works: list[tuple[int, Any]], broken: set[int], place: int, operation: Callable[..., Any], buffer: Tensor
