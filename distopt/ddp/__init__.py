@@ -5,6 +5,7 @@ from distopt.ddp.attachment import Attachment
 from distopt.ddp.bucket import Bucket, FlatBucket
 from distopt.ddp.dense import Dense
 from distopt.ddp.dgc import DGC
+from distopt.ddp.host import FeedHost, Host
 from distopt.ddp.schedule import ExponentialWarmup, ListWarmup, PaperWarmup, Schedule
 from distopt.ddp.topk import TopK
 
@@ -14,7 +15,9 @@ __all__ = [
     "Bucket",
     "Dense",
     "ExponentialWarmup",
+    "FeedHost",
     "FlatBucket",
+    "Host",
     "Link",
     "ListWarmup",
     "PaperWarmup",

@@ -14,6 +14,7 @@ from distopt.config import Algorithm, FrozenMapping, check_choice, check_count, 
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.densities import choose_densities
 from distopt.ddp.hook import LossScale
+from distopt.ddp.host import DDPHost, Host
 from distopt.ddp.memory import Memory
 from distopt.ddp.parameters import Hyperparameters
 from distopt.ddp.policy import StepPolicy, WirePolicy
@@ -63,7 +64,20 @@ class DDPAlgorithm(Algorithm):
             CompatibilityError: The model, optimizer or host cannot be combined with this algorithm.
             DesyncError: The ranks have different versions, configurations or models; names both.
         """
-        return Attachment(self, model, optimizer, scaler=scaler, process_group=process_group)
+        return Attachment(self, DDPHost(model), optimizer, scaler=scaler, process_group=process_group)
+
+    def attach_to(self, host: Host, optimizer: torch.optim.Optimizer) -> Attachment:
+        """As `attach`, in a system that is not DDP: the host says where gradients come from. Collective.
+
+        Args:
+            host: The system, as `distopt.ddp.FeedHost` or a host of its own.
+            optimizer: The optimizer whose `step()` uses the updates.
+
+        Raises:
+            CompatibilityError: The model, optimizer or host cannot be combined with this algorithm.
+            DesyncError: The ranks have different versions, configurations or models; names both.
+        """
+        return Attachment(self, host, optimizer, scaler=None, process_group=None)
 
     @abstractmethod
     def step_policy(self, *, tracks_usage: bool) -> StepPolicy:

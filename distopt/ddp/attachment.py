@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from distopt import ops
 from distopt.comm import agree, raise_together
 from distopt.ddp import state as states
-from distopt.ddp.compatibility import fingerprint, synchronised_parameters, unwrap_ddp
+from distopt.ddp.compatibility import fingerprint
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale
-from distopt.ddp.join import keep_decay_in_step
+from distopt.ddp.host import Host
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
 from distopt.ddp.peers import Peers
 from distopt.ddp.prediction import Predictor
-from distopt.ddp.registration import HookSlot, claim_slot
 from distopt.ddp.routing import open_routes
 from distopt.ddp.takeover import Takeover, averaged_momentum
 from distopt.ddp.unused import UsageTracker
@@ -48,30 +47,30 @@ class Attachment:
     def __init__(
         self,
         algorithm: "DDPAlgorithm",
-        model: nn.Module,
+        host: Host,
         optimizer: torch.optim.Optimizer,
         *,
         scaler: LossScale | None,
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        ddp = unwrap_ddp(model)
         self.algorithm = algorithm
-        self.process_group = process_group or ddp.process_group
+        self.process_group = process_group or host.process_group
+        self._host = host
         self._optimizer = optimizer
         self._scaled = scaler is not None and getattr(scaler, "is_enabled", lambda: True)()
-        self._device = next(ddp.module.parameters()).device
+        self._device = host.device
 
-        tracks_usage = bool(ddp.find_unused_parameters or ddp.static_graph)
+        tracks_usage = host.tracks_usage
         problem: DistoptError | None = None
         own = None
         parameters: dict[str, Tensor] = {}
         densities: dict[str, float | None] = {}
         self._takeover: Takeover | None = None
-        slot: HookSlot | None = None
         try:
-            parameters = synchronised_parameters(ddp)
+            parameters = host.parameters()
             if algorithm.corrects_momentum:
-                self._takeover = Takeover(optimizer, {id(p): name for name, p in parameters.items()})
+                names = {id(p): name for name, p in parameters.items()}
+                self._takeover = Takeover(optimizer, names, host.stands_for())
             densities = algorithm.densities_for(parameters)
             own = fingerprint(
                 algorithm.to_dict(),
@@ -80,11 +79,10 @@ class Attachment:
                 taken_over=self._takeover.describe() if self._takeover else "",
                 host={"tracks unused parameters": tracks_usage, "GradScaler": self._scaled},
             )
-            slot = claim_slot(ddp)  # last: nothing of it can be taken back
+            host.claim()  # last: DDP's slot cannot be given back
         except DistoptError as error:
             problem = error
         agree(own, problem, self.process_group, self._device)
-        assert slot is not None
 
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
         self._tracked = self._track(parameters, densities)
@@ -101,9 +99,8 @@ class Attachment:
             usage=self._usage,
             peers=self._peers,
         )
-        self._undo_join = keep_decay_in_step(ddp, self.process_group, self._tracked)
-        self._slot = slot
-        self._slot.hook = self._hook
+        self._undo_keeping = host.keep_in_step(self.process_group, self._tracked)
+        host.connect(self._hook)
         if self._takeover is not None:
             self._takeover.take(self._tracked)
         self._step_handle = optimizer.register_step_pre_hook(self._before_optimizer_step)
@@ -249,6 +246,7 @@ class Attachment:
                 "step() the training loop calls"
             )
         in_optimizer = {id(p) for group in groups for p in group["params"]}
+        in_optimizer |= {id(p) for own, p in self._host.stands_for().items() if own in in_optimizer}
         taken = self._takeover.hyperparameters if self._takeover else {}
         optimized = {
             name: taken.get(id(parameter), Hyperparameters())
@@ -289,8 +287,8 @@ class Attachment:
         self._attached = False
         self._peers.close(failed=failed)
         self._step_handle.remove()
-        self._slot.hook = None
-        self._undo_join()
+        self._host.connect(None)
+        self._undo_keeping()
         self._channels.close()
         if self._usage is not None:
             self._usage.close()
@@ -308,6 +306,10 @@ class Attachment:
         if self._hook.left_out and not self._scaled:
             for entry in self._tracked:
                 entry.parameter.grad = None  # optimizers pass over parameters without a gradient
+            for group in self._optimizer.param_groups:
+                for own in group["params"]:
+                    if id(own) in self._host.stands_for():
+                        own.grad = None
 
     def _state_bytes(self) -> int:
         tensors = [tensor for entry in self._tracked for tensor in entry.memory.tensors().values()]

@@ -42,12 +42,7 @@ def synchronised_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
             'a communication hook needs DDP\'s own reducer, got torch._dynamo.config.optimize_ddp = "python_reducer", '
             "which ignores what hooks return; set it to True (the default) before wrapping the model"
         )
-    for name, module in ddp.module.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise CompatibilityError(
-                f"gradients must be dense, got sparse=True in the embedding {name!r}; set sparse=False (top-k "
-                "compression already sends few of its entries)"
-            )
+    check_embeddings(ddp.module)
     parameters = {
         name.replace("_orig_mod.", ""): parameter
         for name, parameter in ddp.module.named_parameters()
@@ -58,13 +53,28 @@ def synchronised_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
         buckets = ddp.reducer._get_zeros_like_grad_buckets()
         synchronised = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
         parameters = {name: parameter for name, parameter in parameters.items() if id(parameter) in synchronised}
+    check_floating(parameters)
+    return parameters
+
+
+def check_floating(parameters: Mapping[str, Tensor]) -> None:
+    """Raises `CompatibilityError` unless all of these parameters are floating point."""
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             raise CompatibilityError(
                 f"parameters must be floating point, got {parameter.dtype} for {name!r}; freeze it or keep real and "
                 "imaginary parts apart"
             )
-    return parameters
+
+
+def check_embeddings(module: nn.Module) -> None:
+    """Raises `CompatibilityError` if the gradient of an embedding would be a sparse tensor."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise CompatibilityError(
+                f"gradients must be dense, got sparse=True in the embedding {name!r}; set sparse=False (top-k "
+                "compression already sends few of its entries)"
+            )
 
 
 def fingerprint(

@@ -29,13 +29,16 @@ class Takeover:
     Args:
         optimizer: The user's.
         names: Of the parameters that are synchronised, by id.
+        stands_for: The parameter that a tensor of the optimizer stands for, by that tensor's id (`Host.stands_for`).
 
     Raises:
         CompatibilityError: Another optimizer, dampening or maximize, a group that mixes synchronised parameters with
             others, or momentum that another attachment has already.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], stands_for: Mapping[int, Tensor] | None = None
+    ) -> None:
         if not isinstance(optimizer, torch.optim.SGD):
             raise CompatibilityError(
                 f"momentum correction is defined for torch.optim.SGD, got {type(optimizer).__name__}; use "
@@ -43,10 +46,11 @@ class Takeover:
             )
         self._optimizer = optimizer
         self._names = names
+        self._stands_for = {own: id(parameter) for own, parameter in (stands_for or {}).items()}
         for index, group in self._groups():
-            _check_group(index, group, names)
+            self._check_group(index, group)
         self.hyperparameters = {
-            id(parameter): Hyperparameters(group["momentum"], group["nesterov"], group["weight_decay"])
+            self._id(parameter): Hyperparameters(group["momentum"], group["nesterov"], group["weight_decay"])
             for _, group in self._groups()
             for parameter in group["params"]
         }
@@ -72,7 +76,7 @@ class Takeover:
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter, {})
                 if state.get("momentum_buffer") is not None:
-                    buffers[id(parameter)] = state.pop("momentum_buffer")
+                    buffers[self._id(parameter)] = state.pop("momentum_buffer")
         for entry in tracked:
             buffer = buffers.get(id(entry.parameter))
             if buffer is not None and isinstance(entry.memory, MomentumCorrection):
@@ -96,12 +100,13 @@ class Takeover:
         _taken.get(self._optimizer, set()).difference_update(self.hyperparameters)
         for _, group in self._groups():
             for parameter in group["params"]:
-                saved = self.hyperparameters.get(id(parameter))
+                saved = self.hyperparameters.get(self._id(parameter))
                 if saved is None:  # added to the group while attached
                     continue
                 group.update(dataclasses.asdict(saved))
-                if id(parameter) in buffers and saved.momentum:
-                    self._optimizer.state[parameter]["momentum_buffer"] = buffers[id(parameter)]
+                buffer = buffers.get(self._id(parameter))
+                if buffer is not None and saved.momentum:
+                    self._optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.dtype)
 
     def describe(self) -> str:
         """What was taken, one phrase for all parameters that share it."""
@@ -117,8 +122,34 @@ class Takeover:
         return [
             (index, group)
             for index, group in enumerate(self._optimizer.param_groups)
-            if any(id(parameter) in self._names for parameter in group["params"])
+            if any(self._id(parameter) in self._names for parameter in group["params"])
         ]
+
+    def _id(self, parameter: Tensor) -> int:
+        """That of the synchronised parameter which the optimizer's own stands for: mostly itself."""
+        return self._stands_for.get(id(parameter), id(parameter))
+
+    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        if group["dampening"] != 0:
+            raise CompatibilityError(
+                f"DGC has no dampening, got dampening={group['dampening']!r} in parameter group {index}; set it to 0"
+            )
+        if not 0 <= group["momentum"] < 1:
+            raise CompatibilityError(
+                f"DGC needs a momentum in [0, 1), got momentum={group['momentum']!r} in parameter group {index}; "
+                "use 0.9"
+            )
+        if group["maximize"]:
+            raise CompatibilityError(
+                f"DGC minimises, got maximize=True in parameter group {index}; negate the loss and set it to False"
+            )
+        outside = [tuple(p.shape) for p in group["params"] if self._id(p) not in self._names and p.requires_grad]
+        if outside and (group["momentum"] or group["weight_decay"]):
+            raise CompatibilityError(
+                f"parameter group {index} must hold only parameters of the DDP model, got {len(outside)} others (the "
+                f"first of shape {outside[0]}); put those into a parameter group of their own, so that they keep their "
+                "momentum"
+            )
 
 
 def averaged_momentum(tracked: Sequence[TrackedParameter], group: dist.ProcessGroup) -> dict[int, Tensor]:
@@ -135,27 +166,6 @@ def averaged_momentum(tracked: Sequence[TrackedParameter], group: dist.ProcessGr
             mean = mean + entry.decay.buffer
         if entry.memory.nesterov:  # our u is m times torch's buffer
             mean = mean / entry.memory.momentum
-        buffer = torch.empty_like(entry.parameter)
+        buffer = torch.empty_like(entry.parameter, dtype=mean.dtype)
         buffers[id(entry.parameter)] = buffer.copy_(shaped_like(mean, entry.parameter))
     return buffers
-
-
-def _check_group(index: int, group: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    if group["dampening"] != 0:
-        raise CompatibilityError(
-            f"DGC has no dampening, got dampening={group['dampening']!r} in parameter group {index}; set it to 0"
-        )
-    if not 0 <= group["momentum"] < 1:
-        raise CompatibilityError(
-            f"DGC needs a momentum in [0, 1), got momentum={group['momentum']!r} in parameter group {index}; use 0.9"
-        )
-    if group["maximize"]:
-        raise CompatibilityError(
-            f"DGC minimises, got maximize=True in parameter group {index}; negate the loss and set it to False"
-        )
-    outside = [tuple(p.shape) for p in group["params"] if id(p) not in names and p.requires_grad]
-    if outside and (group["momentum"] or group["weight_decay"]):
-        raise CompatibilityError(
-            f"parameter group {index} must hold only parameters of the DDP model, got {len(outside)} others (the first "
-            f"of shape {outside[0]}); put those into a parameter group of their own, so that they keep their momentum"
-        )
