@@ -246,7 +246,7 @@ class Attachment:
                 "step() the training loop calls"
             )
         in_optimizer = {id(p) for group in groups for p in group["params"]}
-        in_optimizer |= {id(p) for own, p in self._host.stands_for().items() if own in in_optimizer}
+        in_optimizer |= {id(p) for own, ps in self._host.stands_for().items() if own in in_optimizer for p in ps}
         taken = self._takeover.hyperparameters if self._takeover else {}
         optimized = {
             name: taken.get(id(parameter), Hyperparameters())

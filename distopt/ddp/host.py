@@ -44,10 +44,11 @@ class Host(ABC):
             CompatibilityError: A gradient would be of a kind that cannot be sent.
         """
 
-    def stands_for(self) -> Mapping[int, Tensor]:
-        """By the id of a tensor that the optimizer has in place of a parameter: that parameter, as in `parameters`.
+    def stands_for(self) -> Mapping[int, Sequence[Tensor]]:
+        """By the id of a tensor that the optimizer has in place of parameters: those, as in `parameters`.
 
-        Master weights in full precision are such, and sharded tensors that wrap a local one.
+        Master weights in full precision are such, also flat ones of several parameters (whose momentum cannot be
+        taken over), and sharded tensors that wrap a local one.
         """
         return {}
 
@@ -125,7 +126,7 @@ class FeedHost(Host):
         parameters: Mapping[str, Tensor],
         process_group: dist.ProcessGroup,
         *,
-        stands_for: Mapping[int, Tensor] | None = None,
+        stands_for: Mapping[int, Sequence[Tensor]] | None = None,
         bucket_cap_mb: float = 25.0,
     ) -> None:
         check_number(
@@ -145,7 +146,7 @@ class FeedHost(Host):
         """See `Host.parameters`."""
         return dict(self._parameters)
 
-    def stands_for(self) -> Mapping[int, Tensor]:
+    def stands_for(self) -> Mapping[int, Sequence[Tensor]]:
         """See `Host.stands_for`."""
         return self._stands_for
 

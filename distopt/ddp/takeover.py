@@ -29,7 +29,7 @@ class Takeover:
     Args:
         optimizer: The user's.
         names: Of the parameters that are synchronised, by id.
-        stands_for: The parameter that a tensor of the optimizer stands for, by that tensor's id (`Host.stands_for`).
+        stands_for: The parameters that a tensor of the optimizer stands for, by that tensor's id (`Host.stands_for`).
 
     Raises:
         CompatibilityError: Another optimizer, dampening or maximize, a group that mixes synchronised parameters with
@@ -37,7 +37,10 @@ class Takeover:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], stands_for: Mapping[int, Tensor] | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[int, str],
+        stands_for: Mapping[int, Sequence[Tensor]] | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.SGD):
             raise CompatibilityError(
@@ -46,7 +49,12 @@ class Takeover:
             )
         self._optimizer = optimizer
         self._names = names
-        self._stands_for = {own: id(parameter) for own, parameter in (stands_for or {}).items()}
+        if any(len(parameters) != 1 for parameters in (stands_for or {}).values()):
+            raise CompatibilityError(
+                "momentum correction needs the momentum of each parameter, got an optimizer with one flat tensor for "
+                "several; use distopt.TopK(density=...), which leaves the momentum where it is"
+            )
+        self._stands_for = {own: id(parameter) for own, (parameter,) in (stands_for or {}).items()}
         for index, group in self._groups():
             self._check_group(index, group)
         self.hyperparameters = {

@@ -27,7 +27,7 @@ def fed(algorithm, cap_mb=25.0, bf16_masters=False):
     parameters = dict(model.named_parameters())
     own = [p.detach().float().requires_grad_() for p in parameters.values()] if bf16_masters else [*parameters.values()]
     optimizer = torch.optim.SGD(own, lr=0.1, momentum=0.9)
-    stands_for = {id(m): p for m, p in zip(own, parameters.values(), strict=True)} if bf16_masters else {}
+    stands_for = {id(m): [p] for m, p in zip(own, parameters.values(), strict=True)} if bf16_masters else {}
     host = FeedHost(parameters, dist.group.WORLD, stands_for=stands_for, bucket_cap_mb=cap_mb)
     trace = []
     with algorithm.attach_to(host, optimizer) as attachment:
