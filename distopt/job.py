@@ -1,5 +1,7 @@
 """A job described once: which algorithm, where its checkpoints lie, what is logged.
 
+`Job.load("distopt.toml").attach(model, optimizer)` does what it says (see `distopt.run`).
+
 The same description is written as `distopt.toml` (or JSON), as the block "distopt" of a DeepSpeed config, or as a plain
 mapping: the algorithm's own keys, and beside them the tables `checkpoint` and `log`::
 
@@ -19,10 +21,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from distopt.config import Algorithm, Configurable, check_count, check_switch
 from distopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distopt.checkpoint_folder import Part
+    from distopt.run import Run
 
 JobSource: TypeAlias = "Job | Algorithm | Mapping[str, Any] | str | os.PathLike[str]"
 
@@ -123,6 +133,48 @@ class Job:
             algorithm=Algorithm.from_dict(rest),
             checkpoint=_table(CheckpointSettings, tables["checkpoint"]),
             log=_table(LogSettings, tables["log"]),
+        )
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scheduler: "Part | None" = None,
+        scaler: Any = None,
+        process_group: dist.ProcessGroup | None = None,
+        parts: "Mapping[str, Part] | None" = None,
+        **options: Any,
+    ) -> "Run":
+        """Attaches the algorithm, goes on from the newest checkpoint and begins the log, as the job says. Collective.
+
+        Args:
+            model: A DDP model for the ddp family, else the bare one.
+            optimizer: Its optimizer.
+            scheduler: Of the learning rate, if there is one; it belongs to the checkpoints.
+            scaler: The `torch.amp.GradScaler` in use, if any; likewise.
+            process_group: The ranks to exchange with; the algorithm's default otherwise.
+            parts: What else belongs to the checkpoints, by name: anything with `state_dict` and `load_state_dict`.
+            options: What the algorithm's own `attach` takes besides: `batches` of coded training, say.
+
+        Raises:
+            CompatibilityError: The algorithm is federated, or does not fit the model or optimizer; a part has no state.
+            StateMismatchError: The checkpoint is of another model, optimizer or algorithm.
+            ConfigError: A folder cannot be written, a part has a name that is taken, or an option is unknown.
+        """
+        from distopt.run import Run  # which brings the families, and they need no job
+
+        own = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        for name, part in (parts or {}).items():
+            if name in own or name == "distopt":
+                raise ConfigError(
+                    f"parts must have names of their own, got {type(part).__name__} as {name!r}; use "
+                    "parts={'averaged': averaged_model}"
+                )
+        kept = {name: part for name, part in {**own, **(parts or {})}.items() if part is not None}
+        given = {"scaler": scaler, "process_group": process_group, **options}
+        return Run(
+            self, model, optimizer, parts=kept, options={name: each for name, each in given.items() if each is not None}
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Trains a small network on scikit-learn's handwritten digits (pip install scikit-learn), evaluates after each epoch and
 saves a checkpoint. Start it again with the same --checkpoints, also with another number of ranks, and it goes on where
-it stopped. launch/elastic.sh starts it so that torchrun does this by itself after a worker died.
+it stopped. launch/elastic.sh starts it so that torchrun does this by itself after a worker died. With --job FILE the
+algorithm, the checkpoints and the log are those of that file (distopt job --init distopt.toml writes one).
 """
 
 import argparse
@@ -45,30 +46,6 @@ def evaluate(model, test_set, device):
     return correct.item() / len(test_set)
 
 
-def save(folder, epoch, parts, attachment):
-    """Rank 0 saves what all ranks share; every rank saves what DGC holds back, which differs by rank."""
-    here = folder / f"epoch-{epoch}"
-    distopt.checkpoint.save(attachment, here)
-    if dist.get_rank() == 0:
-        torch.save({name: part.state_dict() for name, part in parts.items()}, here / "shared.pt")
-    dist.barrier()  # the checkpoint is complete
-    if dist.get_rank() == 0:
-        (folder / "latest.new").write_text(str(epoch))
-        (folder / "latest.new").replace(folder / "latest")  # in one step: a crash leaves the old epoch or the new one
-
-
-def resume(folder, parts, attachment):
-    """Loads the newest complete checkpoint, also one of another number of ranks; returns how many epochs are done."""
-    if not (folder / "latest").exists():
-        return 0
-    epoch = int((folder / "latest").read_text())
-    here = folder / f"epoch-{epoch}"
-    for name, state in torch.load(here / "shared.pt", map_location="cpu").items():
-        parts[name].load_state_dict(state)
-    distopt.checkpoint.load(attachment, here)
-    return epoch
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
@@ -78,6 +55,7 @@ def main():
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("runs/ddp_dgc"), help="folder to save to and resume from"
     )
+    parser.add_argument("--job", help="distopt.toml, in place of --density and --checkpoints")
     args = parser.parse_args()
 
     on_gpu = torch.cuda.is_available()
@@ -92,23 +70,24 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     warmup = distopt.ddp.PaperWarmup(steps_per_epoch=len(loader))  # 25%, 6%, 1.6%, 0.4%, one epoch each
-    attachment = distopt.DGC(density=args.density, warmup=warmup).attach(model, optimizer)  # <- distopt
-
-    args.checkpoints.mkdir(parents=True, exist_ok=True)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    for epoch in range(resume(args.checkpoints, parts, attachment), args.epochs):
-        sampler.set_epoch(epoch)
-        for images, labels in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images.to(device)), labels.to(device)).backward()
-            optimizer.step()
-        scheduler.step()
-        accuracy = evaluate(model.module, test_set, device)
-        save(args.checkpoints, epoch + 1, parts, attachment)
-        if dist.get_rank() == 0:
-            stats = attachment.stats()
-            saving = stats["bytes_dense"] / stats["bytes_sent"]
-            print(f"epoch {epoch + 1}: accuracy {accuracy:.1%}, {saving:.0f}x fewer bytes than dense", flush=True)
+    job = distopt.Job.load(args.job) if args.job else distopt.Job(
+        algorithm=distopt.DGC(density=args.density, warmup=warmup),
+        checkpoint=distopt.job.CheckpointSettings(folder=str(args.checkpoints), every=1),
+    )  # fmt: skip
+    with job.attach(model, optimizer, scheduler=scheduler) as run:  # <- distopt
+        for epoch in run.epochs(args.epochs):
+            sampler.set_epoch(epoch)
+            for images, labels in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+                optimizer.step()
+            scheduler.step()
+            accuracy = evaluate(model.module, test_set, device)
+            run.note(accuracy=accuracy)
+            if dist.get_rank() == 0:
+                stats = run.stats()
+                saving = stats["bytes_dense"] / stats["bytes_sent"]
+                print(f"epoch {epoch + 1}: accuracy {accuracy:.1%}, {saving:.0f}x fewer bytes than dense", flush=True)
     dist.destroy_process_group()
 
 

@@ -62,8 +62,8 @@ def ddp_dgc_arguments(checkpoints, epochs=EPOCHS):
 def final_state(checkpoints):
     """All tensors of the last checkpoint by file and path: parameters, optimizer, and u and v of every rank."""
     folder = checkpoints / f"epoch-{EPOCHS}"
-    # The distopt files' names end in a digest, also of the link that each run has measured for itself.
-    paths = {path.name.partition("-of-")[0]: path for path in sorted(folder.glob("*.pt"))}
+    # The files' names end in a digest, also of the link that each run has measured for itself.
+    paths = {path.name.rpartition("-")[0].partition("-of-")[0]: path for path in sorted(folder.glob("*.pt"))}
     states = {name: _flat_tensors(torch.load(path)) for name, path in paths.items()}
     return {f"{name}{path}": tensor for name, tensors in states.items() for path, tensor in tensors.items()}
 
