@@ -206,3 +206,53 @@ def test_ranks_of_ddp(tmp_path, ranks):
     )
     for rank, (_, state, _) in enumerate(told):
         assert state["step"] == 7, rank
+
+
+def gossiped(folder):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with distopt.Gossip(topology="complete").attach(model, optimizer) as attached:
+        recorder = record(attached, optimizer, LogSettings(folder=folder, every=3))
+        for _ in range(7):
+            model(torch.randn(4, 40)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return attached.stats(), recorder.close()
+
+
+def test_ranks_of_gossip(tmp_path, ranks):
+    told = ranks(2)(gossiped, str(tmp_path))
+    found = read_folder(tmp_path)
+    for rank, (stats, text) in enumerate(told):
+        assert [line["step"] for line in found[rank]] == [1, 3, 6, 7]
+        assert found[rank][-1]["stats"] == json.loads(json.dumps(stats))
+        assert "d-psgd on complete with 2 ranks: 7 steps" in text
+        assert "7 exchanges; 0 steps passed" in text
+
+
+def coded(folder, start):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with distopt.GradientCoding(stragglers=1).attach(model, optimizer) as coding:
+        coding.load_state_dict({"format": 1, "algorithm": coding.algorithm.name, "step": start, "round": start})
+        recorder = record(coding, optimizer, LogSettings(folder=folder, every=3))
+        for _ in coding.steps(7):
+            coding.backward(lambda part: (model(torch.ones(4, 40)).square().sum(), 4))
+            optimizer.step()
+        report = recorder.close()
+    return coding.stats(), report, coding.step
+
+
+def test_ranks_of_coding(tmp_path, ranks):
+    told = ranks(3)(coded, str(tmp_path), 10)
+    found = read_folder(tmp_path)
+    assert [line["step"] for line in found[0]] == [11, 12, 15, 17]
+    assert "fractional" in told[0][1]
+    assert "7 gradients in 7 rounds" in told[0][1]
+    for rank in (1, 2):  # a worker may skip rounds, and ends with the last that it computed
+        steps = [line["step"] for line in found[rank]]
+        assert steps == sorted(set(steps))
+        assert 11 <= steps[0] <= steps[-1] <= told[rank][2] == 17
+        assert "a worker" in told[rank][1]
