@@ -84,16 +84,3 @@ def test_everything_that_there_is_has_a_place_in_the_documents(kind, pages):
         if issubclass(made, kind) and made.__module__.startswith("distopt.federated.") and name != "plain":
             assert re.search(rf"`{made.__name__}\b", text), made
             assert f"`{name}`" in text, name
-
-
-@pytest.mark.parametrize("page", [ENTRY, *PAGES], ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page.read_text()):
-        assert not target or (page.parent / target).exists(), target
-
-
-def test_links_within_the_entry_page():
-    text = ENTRY.read_text()
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors

@@ -15,7 +15,6 @@ from distopt.gossip.simulated_mixer import SimulatedExchange
 DOCS = Path(__file__).parents[2] / "docs"
 ENTRY = DOCS / "gossip.md"
 TOPOLOGIES, ALGORITHMS = (DOCS / "gossip" / f"{name}.md" for name in ("topologies", "algorithms"))
-PAGES = [ENTRY, *sorted((DOCS / "gossip").glob("*.md"))]
 
 
 def blocks(page):
@@ -111,15 +110,3 @@ def test_the_numbers_of_topologies_are_those_that_the_command_prints():
             str(found.rounds_to_consensus),
             str(found.exact_after or ""),
         ]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_of_gossip_lead_somewhere(page):
-    def anchors(path):
-        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-        return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
-        path = page.parent / target if target else page
-        assert path.exists(), target
-        assert not anchor or anchor in anchors(path), anchor
