@@ -95,15 +95,3 @@ def test_required_cuda_kernels_need_a_torch_with_cuda(source):
     assert f"the CUDA kernels were not built: torch {torch.__version__} was built without CUDA" in done.stderr
     info = ops.build_info()
     assert (info.cuda_library, info.cuda_problem) == (None, "this torch was built without CUDA")
-
-
-@pytest.mark.slow
-def test_one_wheel_for_every_torch(warm_python, source, tmp_path):
-    wheel = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v")
-    done = run(*wheel, "-w", str(tmp_path), str(source), DISTOPT_REQUIRE_NATIVE="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = tmp_path.glob("*.whl")
-    assert "-cp311-abi3-linux_" in built.name
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "at"), str(built))
-    told = tell(warm_python, "print(ops.build_info())", path=tmp_path / "at")
-    assert f"library='{tmp_path / 'at'}" in told.stdout, told.stderr
