@@ -3,10 +3,20 @@
 #
 #     RANKS=5 launch/mpirun.sh examples/coded_training.py                       # all on this machine
 #     RANKS=8 HOSTS=hosts.txt launch/mpirun.sh examples/coded_training.py       # on the hosts listed in a file
+#     MASTER=127.0.0.1 RANKS=2 launch/mpirun.sh examples/ddp_dgc.py             # a script of torch.distributed
 #     MPIRUN_OPTIONS="--mca btl_tcp_if_include eth0" RANKS=5 launch/mpirun.sh train.py
 #
-# A line of HOSTS is `name slots=2`: that host takes two ranks and is reached by ssh, no password asked. Open MPI and
-# the script lie at the same place everywhere. DEADLINE ends the job after so many seconds, with an error.
+# What to change:
+#     RANKS            number of ranks
+#     HOSTS            a file with a line `name slots=2` for each host: it takes two ranks and is reached by ssh, no
+#                      password asked. Open MPI and the script lie at the same place everywhere. Default: this machine
+#     MASTER           an address of rank 0's host that all hosts reach, PORT a free port there (default: 29500): ranks
+#                      then find what torch.distributed looks for (RANK, WORLD_SIZE, LOCAL_RANK, ...), as under
+#                      torchrun. Without it they are of MPI only, which gradient coding uses as it is
+#     INTERFACE        the network to train over (eth0, ...), on hosts with several; for gloo, with MASTER
+#     DEADLINE         ends the job after so many seconds, with an error (default: none)
+#     FAULTS           tolerate (default) or abort, see below
+#     OMP_NUM_THREADS  threads of each rank (default: 1)
 #
 # What this line decides, and why:
 #     --enable-recovery    mpirun does not end the job with its first dead rank.
@@ -19,6 +29,12 @@
 #     --allow-run-as-root  for root, whom mpirun refuses otherwise (containers).
 # The status is 0 if no rank ended with an error of its own; a killed rank is no error then.
 set -euo pipefail
+if [ "${1:-}" = --rank ]; then # this script again, as one rank
+  shift
+  export RANK=$OMPI_COMM_WORLD_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK \
+    LOCAL_WORLD_SIZE=$OMPI_COMM_WORLD_LOCAL_SIZE
+  exec "$@"
+fi
 : "${RANKS:?number of ranks}" "${1:?the script to start}"
 fail() {
   printf 'mpirun.sh: %s\n' "$*" >&2
@@ -42,6 +58,14 @@ if [ -n "${DEADLINE:-}" ]; then options+=(--timeout "$DEADLINE"); fi
 case $1 in
   *.py | -m) set -- python "$@" ;;
 esac
+if [ -n "${MASTER:-}" ]; then
+  export MASTER_ADDR=$MASTER MASTER_PORT=${PORT:-29500}
+  if [ -n "${INTERFACE:-}" ]; then export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE; fi
+  for name in MASTER_ADDR MASTER_PORT ${INTERFACE:+GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME}; do
+    if [ -n "${HOSTS:-}" ]; then options+=(-x "$name"); fi
+  done
+  set -- bash "$(realpath "${BASH_SOURCE[0]}")" --rank "$@"
+fi
 command -v mpirun >/dev/null || fail "there is no mpirun; pip install 'torch-distopt[mpi]'"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # several ranks share the cores of a host
 # shellcheck disable=SC2086  # several options are meant

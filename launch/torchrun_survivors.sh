@@ -7,8 +7,14 @@
 #
 #     NODE_RANK=0 NODES=5 MASTER=10.0.0.1 launch/torchrun_survivors.sh examples/coded_training.py
 #
-# RANKS is the number of ranks on this host (default: 1 where NODES is given). PORT is a free port on host 0, INTERFACE
-# (eth0, ...) the network to train over.
+# What to change:
+#     RANKS            number of ranks on this host (default: 1 where NODES is given)
+#     NODES            number of hosts; without it all ranks are on this machine
+#     NODE_RANK        this host's number, from 0
+#     MASTER           an address of host 0 that all hosts reach; PORT a free port there (default: 29500)
+#     INTERFACE        the network to train over (eth0, ...), on hosts with several
+#     ESSENTIAL        ranks that the others cannot do without (default: 0, the master; ESSENTIAL= for none)
+#     OMP_NUM_THREADS  threads of each rank (default: 1)
 #
 # A torchrun agent ends all its ranks when one of them fails, and at the end of the job the other agents wait for it, up
 # to 300 s (torch 2.13 has an option for neither). So each rank runs below a small process of its own: this script
@@ -16,7 +22,7 @@
 # fault), that process says so and ends well in its place; the agent never sees a failure, and all end together.
 #
 # A rank that ends with an error of its own ends the job, as under any torchrun. So does the death of a rank that the
-# others cannot do without: those listed in ESSENTIAL (default: 0, the master; ESSENTIAL= for none).
+# others cannot do without, those listed in ESSENTIAL.
 #
 # Limits: an agent that is killed itself, with its host say, is still waited for at the end.
 set -euo pipefail

@@ -1,4 +1,6 @@
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,12 +59,14 @@ def start(starter, script, *arguments, **settings):
 @pytest.mark.parametrize(
     ("starter", "settings"),
     [
-        ("torchrun_nodes.sh", [{"NODES": "2", "NODE_RANK": "0"}, {"NODES": "2", "NODE_RANK": "1"}]),
+        ("torchrun_multinode.sh", [{"NODES": "2", "NODE_RANK": "0"}, {"NODES": "2", "NODE_RANK": "1"}]),
         ("elastic.sh", [{"MIN_NODES": "2", "MAX_NODES": "2"}] * 2),
+        ("torchrun_local.sh", [{"RANKS": "2"}]),
+        pytest.param("mpirun.sh", [{"RANKS": "2"}], marks=needs_mpi),
     ],
 )
 @pytest.mark.job
-def test_two_hosts_on_this_machine_form_one_group(tmp_path, starter, settings):
+def test_the_ranks_that_are_started_form_one_group(tmp_path, starter, settings):
     (tmp_path / "probe.py").write_text(PROBE)
     port = free_port()
     hosts = [start(starter, tmp_path / "probe.py", MASTER="127.0.0.1", PORT=port, **one) for one in settings]
@@ -71,17 +75,16 @@ def test_two_hosts_on_this_machine_form_one_group(tmp_path, starter, settings):
     finally:
         for host in hosts:
             host.terminate()
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(outputs)
-    assert sorted(line for output in outputs for line in output.splitlines() if line.startswith("rank")) == [
-        "rank 0 of 2, sum 2",
-        "rank 1 of 2, sum 2",
-    ]
+    assert [host.returncode for host in hosts] == [0] * len(hosts), "\n".join(outputs)
+    said = re.findall(r"rank . of 2, sum 2", "".join(outputs))  # two ranks may share a line
+    assert sorted(said) == ["rank 0 of 2, sum 2", "rank 1 of 2, sum 2"]
 
 
 @pytest.mark.parametrize(
     ("starter", "missing"),
     [
-        ("torchrun_nodes.sh", "NODES"),
+        ("torchrun_multinode.sh", "NODES"),
+        ("torchrun_local.sh", "RANKS"),
         ("elastic.sh", "MASTER"),
         ("slurm.sbatch", "SLURM_JOB_NODELIST"),
         ("torchrun_survivors.sh", "RANKS"),
@@ -173,6 +176,12 @@ def test_ranks_under_mpirun_outlive_a_killed_one_unless_told_otherwise(tmp_path)
         ("mpirun.sh", {"RANKS": "2", "FAULTS": "maybe"}, "FAULTS must be tolerate or abort, got 'maybe'"),
         ("mpirun.sh", {"RANKS": "2", "HOSTS": "nowhere"}, "HOSTS must be a file that can be read, got 'nowhere'"),
         ("torchrun_survivors.sh", {"RANKS": "2", "ESSENTIAL": "all"}, "ESSENTIAL must be ranks"),
+        ("torchrun_local.sh", {"RANKS": "two"}, "RANKS must be a number of ranks, got 'two'"),
+        (
+            "torchrun_multinode.sh",
+            {"NODES": "2", "MASTER": "a", "RENDEZVOUS": "etcd"},
+            "RENDEZVOUS must be static or c10d, got 'etcd'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused(starter, settings, said):
@@ -180,3 +189,50 @@ def test_a_wrong_setting_is_refused(starter, settings, said):
     (output,) = finish([ran], timeout=20)
     assert ran.returncode == 2
     assert said in output
+
+
+FAKE_SLURM = {
+    "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n',
+    "srun": '#!/bin/sh\nprintf "%s\\n" "$GLOO_SOCKET_IFNAME" "$OMP_NUM_THREADS" "$@"\n',
+}
+SLURM = {
+    "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_ID": "40007", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8",
+    "SLURM_GPUS_ON_NODE": "4", "INTERFACE": "ib0",
+}  # fmt: skip
+TORCHRUN_ON_NODES = [
+    "python", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4", "--max-restarts", "0",
+    "--rdzv-backend", "c10d", "--rdzv-endpoint", "node3:20007", "--rdzv-id", "40007", "train.py", "two words",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_slurm_is_asked_for(tmp_path, dry):
+    for name, script in FAKE_SLURM.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, **SLURM, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if dry:
+        environment["DRY_RUN"] = "1"
+    ran = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "train.py", "two words"],
+        env=environment, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    asked = ["--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1", "--cpus-per-task", "8"]
+    if dry:
+        assert shlex.split(ran.stdout) == ["env", "OMP_NUM_THREADS=2", "srun", *asked, *TORCHRUN_ON_NODES]
+    else:
+        assert ran.stdout.splitlines() == ["ib0", "2", *asked, *TORCHRUN_ON_NODES]
+
+
+@pytest.mark.parametrize("script", sorted(each.name for each in LAUNCH.iterdir() if each.suffix in (".sh", ".sbatch")))
+def test_a_header_says_how_to_start_and_what_to_change(script):
+    text = (LAUNCH / script).read_text()
+    assert subprocess.run(["bash", "-n", str(LAUNCH / script)], check=False).returncode == 0
+    header = "\n".join(line for line in text.partition("set -euo pipefail")[0].splitlines() if line.startswith("#"))
+    assert "What to change" in header or "Options" in header
+    assert f"launch/{script} " in header
+    read = set(re.findall(r"\$\{([A-Z][A-Z_]+)[:}?-]", text.partition("set -euo pipefail")[2]))
+    set_elsewhere = {"BASH_SOURCE", "RANDOM", "SECONDS"} | {name for name in read if name.startswith("SLURM_")}
+    assert {name for name in read - set_elsewhere if name not in header} == set()
