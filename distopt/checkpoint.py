@@ -81,13 +81,23 @@ def load(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
     problem = None
     try:
         manifests = _manifests(folder)
-        loaded = [_read(folder, manifests[old]) for old in _dealt_out(len(manifests), rank, num_ranks)]
+        loaded = [_read(folder, manifests[old]) for old in dealt_out(len(manifests), rank, num_ranks)]
     except StateMismatchError as error:
         problem = error
     attachment.raise_together(problem)
     merged = dict(loaded[0])
     merged["ranks"] = {old: memories for state in loaded for old, memories in state["ranks"].items()}
     attachment.load_state_dict(merged)
+
+
+def read_any(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state that one of the ranks saved, for what is the same on all of them. Not a collective.
+
+    Raises:
+        StateMismatchError: A file is missing or damaged.
+    """
+    folder = Path(directory)
+    return _read(folder, _manifests(folder)[0])
 
 
 def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str], *, key: str = "distopt") -> None:
@@ -114,7 +124,7 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
     first: dict[str, Any] = {name: None for name, path in paths.items() if path == (key, "world_size")}
     dcp_load(first, storage_reader=reader, process_group=attachment.process_group)
     (saved_ranks,) = first.values()
-    mine = {str(old) for old in _dealt_out(saved_ranks, rank, num_ranks)}
+    mine = {str(old) for old in dealt_out(saved_ranks, rank, num_ranks)}
     flat: dict[str, Any] = {}
     for name, path in paths.items():
         if path[1] != "ranks" or path[2] in mine:
@@ -139,15 +149,15 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
     attachment.load_state_dict(state)
 
 
+def dealt_out(saved_ranks: int, rank: int, num_ranks: int) -> list[int]:
+    """The old ranks whose state this rank brings; one that gets none brings a copy, which does not count twice."""
+    return [rank] if saved_ranks == num_ranks else list(range(rank, saved_ranks, num_ranks)) or [0]
+
+
 def _place(attachment: Saveable) -> tuple[int, int]:
     """Its place among those that save together, and how many they are."""
     place: tuple[int, int] | None = getattr(attachment, "place", None)  # of ranks that come and go
     return (attachment.process_group.rank(), attachment.process_group.size()) if place is None else place
-
-
-def _dealt_out(saved_ranks: int, rank: int, num_ranks: int) -> list[int]:
-    """The old ranks whose state this rank brings; one that gets none brings a copy, which does not count twice."""
-    return [rank] if saved_ranks == num_ranks else list(range(rank, saved_ranks, num_ranks)) or [0]
 
 
 def _stem(rank: int, num_ranks: int) -> str:
