@@ -44,9 +44,7 @@ _REMEDIES = {
 }
 
 
-def attach(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, job: JobSource
-) -> Attached:
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, job: JobSource) -> Attached:
     """Attaches a job's algorithm to what `accelerator.prepare` returned. Collective.
 
     Gradient accumulation with `accelerator.accumulate`, mixed precision and the scaler of fp16 are Accelerate's as
@@ -77,7 +75,7 @@ def attach(
             "gradients must be synchronised once per step, got sync_each_batch=True in Accelerate's "
             "GradientAccumulationPlugin, which sends every part of them; leave it out"
         )
-    attached = Attached(algorithm, ddp, inner, scaler=accelerator.scaler)
+    attached = Attached(algorithm, ddp, inner, scaler=accelerator.scaler, log=described.log)
     carried = _Carried(attached.attachment)
     accelerator.register_for_checkpointing(carried)
     handles = [

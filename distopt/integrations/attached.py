@@ -14,7 +14,8 @@ from distopt.ddp.hook import LossScale
 from distopt.ddp.state import REPLICATED
 from distopt.errors import CompatibilityError
 from distopt.integrations.gathered import gather_state, load_gathered
-from distopt.job import Job
+from distopt.job import Job, LogSettings
+from distopt.observe import Recorder, record
 
 
 class Attached:
@@ -24,6 +25,7 @@ class Attached:
 
     Attributes:
         attachment: Of the algorithm, with `pause` and `resume`.
+        recorder: What writes the job's log; None if the job asks for none.
     """
 
     def __init__(
@@ -33,8 +35,14 @@ class Attached:
         optimizer: torch.optim.Optimizer,
         *,
         scaler: LossScale | None = None,
+        log: LogSettings | None = None,
     ) -> None:
         self.attachment: Attachment = algorithm.attach(model, optimizer, scaler=scaler)
+        try:
+            self.recorder: Recorder | None = None if log is None else record(self.attachment, optimizer, log)
+        except BaseException as error:
+            self.attachment.__exit__(type(error), error, error.__traceback__)
+            raise
         self._at_end: list[Callable[[], object]] = []
 
     def at_end(self, call: Callable[[], object]) -> None:
@@ -72,6 +80,8 @@ class Attached:
         self.attachment.__exit__(kind, error, traceback)
 
     def _end(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
         calls, self._at_end = self._at_end, []
         for call in calls:
             call()
@@ -91,7 +101,7 @@ def algorithm_of(job: Job, *, host: str, keeps_checkpoints: str) -> DDPAlgorithm
     if not isinstance(job.algorithm, DDPAlgorithm):
         raise CompatibilityError(
             f'{host} trains with DistributedDataParallel, which takes "dgc", "topk" or "dense", got '
-            f"{job.algorithm.name!r}; keep the model out of {host} and attach it to the bare model in a loop of your own"
+            f"{job.algorithm.name!r}; keep the model out of {host} and attach to the bare model in a loop of your own"
         )
     if job.checkpoint is not None:
         raise CompatibilityError(
@@ -101,7 +111,9 @@ def algorithm_of(job: Job, *, host: str, keeps_checkpoints: str) -> DDPAlgorithm
     return job.algorithm
 
 
-def check_no_clipping(algorithm: DDPAlgorithm, optimizer: torch.optim.Optimizer, clips: object, *, setting: str) -> None:
+def check_no_clipping(
+    algorithm: DDPAlgorithm, optimizer: torch.optim.Optimizer, clips: object, *, setting: str
+) -> None:
     """Raises `CompatibilityError` where the host would clip momentum-corrected updates in place of gradients.
 
     Args:

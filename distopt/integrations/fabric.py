@@ -56,10 +56,9 @@ def attach(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, j
         host="Fabric",
         keeps_checkpoints='call fabric.save("{0.folder}/...", {{..., "distopt": attached}}) every {0.every} steps',
     )
-    precision = getattr(fabric.strategy, "precision", None)
-    return Attached(
-        algorithm, _forward_module(fabric, model), _inner(optimizer), scaler=getattr(precision, "scaler", None)
-    )
+    ddp, inner = _forward_module(fabric, model), _inner(optimizer)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    return Attached(algorithm, ddp, inner, scaler=scaler, log=described.log)
 
 
 def _forward_module(fabric: Fabric, model: nn.Module) -> DistributedDataParallel:

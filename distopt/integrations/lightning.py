@@ -85,7 +85,7 @@ class DistoptCallback(Callback):
             give_settings_back(self._algorithm, model, optimizer, loaded)
         check_no_clipping(self._algorithm, optimizer, trainer.gradient_clip_val, setting="gradient_clip_val")
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.attached = Attached(self._algorithm, model, optimizer, scaler=scaler)
+        self.attached = Attached(self._algorithm, model, optimizer, scaler=scaler, log=self._job.log)
         if loaded is not None:
             self.attached.load_state_dict(loaded)
 

@@ -8,7 +8,7 @@ Each `checkpoint-N` then carries what each rank holds back, one file per rank in
 must be able to read. Training resumes from it, also on another number of ranks.
 
 Limits: `DistributedDataParallel` only. A callback is not told what is resumed from: `checkpoint-N` is looked for in
-`output_dir`, and known by a number that `trainer_state.json` has too; a checkpoint elsewhere is given by `resumes_from`.
+`output_dir`, and known by a number that `trainer_state.json` has too; one elsewhere is given by `resumes_from`.
 """
 
 import importlib
@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt import checkpoint
@@ -61,9 +60,7 @@ class DistoptCallback(TrainerCallback, ExportableState):
 
     attached: Attached | None = None
 
-    def __init__(
-        self, trainer: Trainer, job: JobSource, *, resumes_from: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, trainer: Trainer, job: JobSource, *, resumes_from: str | os.PathLike[str] | None = None) -> None:
         self._trainer = trainer
         self._job = Job.load(job)
         self._algorithm = algorithm_of(
@@ -97,7 +94,9 @@ class DistoptCallback(TrainerCallback, ExportableState):
         if folder is not None and self._algorithm.corrects_momentum:
             give_settings_back(self._algorithm, ddp, optimizer, checkpoint.read_any(folder))
         check_no_clipping(self._algorithm, optimizer, args.max_grad_norm, setting="max_grad_norm")
-        self.attached = Attached(self._algorithm, ddp, optimizer, scaler=self._trainer.accelerator.scaler)
+        self.attached = Attached(
+            self._algorithm, ddp, optimizer, scaler=self._trainer.accelerator.scaler, log=self._job.log
+        )
         attachment = self.attached.attachment
         device = next(ddp.parameters()).device
         self._run = gather_json(secrets.token_hex(8), attachment.process_group, device)[0]

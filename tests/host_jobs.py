@@ -38,8 +38,3 @@ def digits(rank, size, steps):
 def flat(model):
     """All parameters of a model as one vector."""
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
-
-
-def momentum_of(optimizer):
-    """The settings that DGC takes over, of the first group."""
-    return {key: optimizer.param_groups[0][key] for key in ("momentum", "nesterov", "weight_decay")}
