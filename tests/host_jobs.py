@@ -1,14 +1,33 @@
-"""What the tests of training frameworks share: a rank's place, a small model, real digits."""
+"""What the tests of training frameworks share: a rank's place, a small model, real digits.
+
+A host takes seconds to import, and some change torch when they are: the process of the tests names what ranks shall do
+(`call`), and only the ranks import it.
+"""
 
 import contextlib
+import importlib
 import os
 from unittest import mock
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 BATCH = 16
+STEPS = 8
+DGC = {"algorithm": "dgc", "density": 0.01, "exchange": "allgather"}
+WHOLE = {**DGC, "density": 1.0}
+TOPK = {**DGC, "algorithm": "topk"}
+
+
+def call(name, *args, **kwargs):
+    """Runs `module:function`, for a rank."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+
+def here():
+    """Rank and size."""
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @contextlib.contextmanager
@@ -29,6 +48,8 @@ def build_model():
 
 def digits(rank, size, steps):
     """`steps` batches of this rank's share."""
+    from sklearn.datasets import load_digits  # only the ranks need it
+
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[rank::size]
     images, labels = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels)[order]
