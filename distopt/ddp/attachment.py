@@ -170,6 +170,7 @@ class Attachment:
             "step": self._hook.step,
             "paused": self._hook.sends_whole,
             "prediction": predict.to_json() if isinstance(predict, Predictor) else "",
+            **({"shard": self._host.shard} if self._host.shard else {}),
             **states.collect(self._tracked, self.process_group.rank()),
         }
 
@@ -187,6 +188,11 @@ class Attachment:
         problem = None
         try:
             states.check(state_dict, self._tracked, self.algorithm.name)
+            if state_dict.get("shard", "") != self._host.shard:
+                raise StateMismatchError(
+                    f"the state must be of shard {self._host.shard or 'of no sharded model'}, got "
+                    f"{state_dict.get('shard') or 'none'}; give each rank the file that it has saved"
+                )
         except StateMismatchError as error:
             problem = error
         if self._is_own_size(state_dict):

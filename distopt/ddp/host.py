@@ -30,11 +30,13 @@ class Host(ABC):
         process_group: The ranks that the system averages over.
         device: Where its parameters live.
         tracks_usage: Whether the system leaves the gradient of a parameter alone that no rank's backward pass reached.
+        shard: Which part of every parameter this rank has, "0 of 2" say; empty for all of it.
     """
 
     process_group: dist.ProcessGroup
     device: torch.device
     tracks_usage: bool = False
+    shard: str = ""
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ class Host(ABC):
         """By the id of a tensor that the optimizer has in place of parameters: those, as in `parameters`.
 
         Master weights in full precision are such, also flat ones of several parameters (whose momentum cannot be
-        taken over), and sharded tensors that wrap a local one.
+        taken over), and sharded tensors that wrap a local one (none where this rank has no element of it).
         """
         return {}
 

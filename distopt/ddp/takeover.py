@@ -49,12 +49,13 @@ class Takeover:
             )
         self._optimizer = optimizer
         self._names = names
-        if any(len(parameters) != 1 for parameters in (stands_for or {}).values()):
+        if any(len(parameters) > 1 for parameters in (stands_for or {}).values()):
             raise CompatibilityError(
                 "momentum correction needs the momentum of each parameter, got an optimizer with one flat tensor for "
                 "several; use distopt.TopK(density=...), which leaves the momentum where it is"
             )
-        self._stands_for = {own: id(parameter) for own, (parameter,) in (stands_for or {}).items()}
+        self._stands_for = {own: id(each[0]) for own, each in (stands_for or {}).items() if each}
+        self._empty = {own for own, each in (stands_for or {}).items() if not each}
         for index, group in self._groups():
             self._check_group(index, group)
         self.hyperparameters = {
@@ -84,7 +85,7 @@ class Takeover:
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter, {})
                 if state.get("momentum_buffer") is not None:
-                    buffers[self._id(parameter)] = state.pop("momentum_buffer")
+                    buffers[self._id(parameter)] = _local(state.pop("momentum_buffer"))
         for entry in tracked:
             buffer = buffers.get(id(entry.parameter))
             if buffer is not None and isinstance(entry.memory, MomentumCorrection):
@@ -114,7 +115,7 @@ class Takeover:
                 group.update(dataclasses.asdict(saved))
                 buffer = buffers.get(self._id(parameter))
                 if buffer is not None and saved.momentum:
-                    self._optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.dtype)
+                    self._optimizer.state[parameter]["momentum_buffer"] = _like(parameter, buffer.to(parameter.dtype))
 
     def describe(self) -> str:
         """What was taken, one phrase for all parameters that share it."""
@@ -151,13 +152,32 @@ class Takeover:
             raise CompatibilityError(
                 f"DGC minimises, got maximize=True in parameter group {index}; negate the loss and set it to False"
             )
-        outside = [tuple(p.shape) for p in group["params"] if self._id(p) not in self._names and p.requires_grad]
+        known = self._names.keys() | self._empty
+        outside = [tuple(p.shape) for p in group["params"] if self._id(p) not in known and p.requires_grad]
         if outside and (group["momentum"] or group["weight_decay"]):
             raise CompatibilityError(
                 f"parameter group {index} must hold only parameters of the DDP model, got {len(outside)} others (the "
                 f"first of shape {outside[0]}); put those into a parameter group of their own, so that they keep their "
                 "momentum"
             )
+
+
+def _local(buffer: Any) -> Tensor:
+    """This rank's part of a sharded buffer (a DTensor), any other as it is."""
+    part: Tensor = buffer.to_local() if hasattr(buffer, "to_local") else buffer
+    return part
+
+
+def _like(parameter: Any, buffer: Tensor) -> Tensor:
+    """The buffer, sharded as the optimizer's own parameter is."""
+    if not hasattr(parameter, "to_local"):
+        return buffer
+    from torch.distributed.tensor import DTensor  # takes long to import, and is there already
+
+    return DTensor.from_local(
+        buffer, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def averaged_momentum(tracked: Sequence[TrackedParameter], group: dist.ProcessGroup) -> dict[int, Tensor]:
