@@ -1,8 +1,9 @@
 """An algorithm at work on one model: what `attach` returns, and what `detach` undoes."""
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ from distopt.ddp.compatibility import fingerprint
 from distopt.ddp.decay import DecayMomentum
 from distopt.ddp.hook import CommHook, LossScale
 from distopt.ddp.host import Host
+from distopt.ddp.late import step_late
 from distopt.ddp.parameters import Hyperparameters, TrackedParameter
 from distopt.ddp.peers import Peers
 from distopt.ddp.prediction import Predictor
@@ -86,6 +88,8 @@ class Attachment:
 
         self._usage = UsageTracker(list(parameters.values())) if tracks_usage else None
         self._tracked = self._track(parameters, densities)
+        self._late = self._by_optimizer([entry for entry in self._tracked if entry.late])
+        self._stepped = 0
         policy = algorithm.step_policy(tracks_usage=tracks_usage)
         self._measures = policy.wire.exchange == "auto" and policy.wire.link is None
         routing, self._channels = open_routes(policy.wire, self.process_group, self._device)
@@ -204,6 +208,39 @@ class Attachment:
             self.raise_together(problem)
             states.redistribute(state_dict, self._tracked, self.process_group, self._device)
         self._hook.start_at(int(state_dict["step"]), sends_whole=bool(state_dict["paused"]))
+        self._stepped = self._hook.step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters, and so the tensors of collectives, live."""
+        return self._device
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether updates contain momentum that was taken over from the optimizer."""
+        return any(entry.hyperparameters.momentum for entry in self._tracked)
+
+    def settings_given_back(self) -> contextlib.AbstractContextManager[None]:
+        """While a host saves the optimizer: momentum and weight decay are in it, as if nothing were attached."""
+        return self._takeover.given_back() if self._takeover is not None else contextlib.nullcontext()
+
+    def take_over_again(self) -> None:
+        """After a host has loaded the optimizer: takes settings and momentum buffers over, as attach did."""
+        if self._takeover is not None:
+            self._takeover.take(self._tracked)
+
+    def begin_anew(self) -> None:
+        """Forgets what is held back and the step, as after attach, on every rank; takes over again."""
+        for entry in self._tracked:
+            for tensor in entry.memory.tensors().values():
+                tensor.zero_()
+            entry.memory.holds_back = entry.memory.owes = False
+            entry.memory.at_leader = entry.memory.pending = False
+            if entry.decay is not None:
+                entry.decay.buffer.zero_()
+        self.take_over_again()
+        self._hook.start_at(0, sends_whole=self._hook.sends_whole)
+        self._stepped = 0
 
     def raise_together(self, problem: DistoptError | None) -> None:
         """Raises on every rank if any rank has a problem, so that none waits for the others. Collective."""
@@ -266,24 +303,35 @@ class Attachment:
             )
         return optimized
 
+    def _by_optimizer(self, tracked: Sequence[TrackedParameter]) -> dict[int, TrackedParameter]:
+        """These entries by the id of the tensor that the optimizer has for each."""
+        own = {id(parameter): own for own, stood_for in self._host.stands_for().items() for parameter in stood_for}
+        return {own.get(id(entry.parameter), id(entry.parameter)): entry for entry in tracked}
+
     def _track(self, parameters: Mapping[str, Tensor], densities: Mapping[str, float | None]) -> list[TrackedParameter]:
         optimized = self._optimized(parameters)
         tracked = []
         for name, parameter in parameters.items():
             hyper = optimized.get(name, Hyperparameters())
             local = self.algorithm.decays_locally()
-            decay = None
-            if hyper.weight_decay and not local:
-                decay = DecayMomentum(parameter, hyper.weight_decay, hyper.momentum, hyper.nesterov)
             density = densities[name] if name in optimized else None  # another optimizer's are sent whole
+            late = self._host.changes_updates and name in optimized and not hyper.is_empty
+            folded = late and not local and (density is None or density >= 1.0)  # its momentum is the gradient's
+            decay = None
+            if hyper.weight_decay and not local and not folded:
+                decay = DecayMomentum(parameter, hyper.weight_decay, hyper.momentum, hyper.nesterov)
+            memory = self.algorithm.memory_for(parameter, density is None, hyper)
+            memory.late = late
             tracked.append(
                 TrackedParameter(
                     name=name,
                     parameter=parameter,
-                    memory=self.algorithm.memory_for(parameter, density is None, hyper),
+                    memory=memory,
                     decay=decay,
                     density=density,
                     local_decay=hyper.weight_decay if local else 0.0,
+                    late=late,
+                    late_decay=hyper.weight_decay if folded else 0.0,
                     hyperparameters=hyper,
                 )
             )
@@ -309,6 +357,7 @@ class Attachment:
             raise failure
         if self._takeover is not None:
             self._takeover.check_still_taken()
+        self._step_late()
         if self._hook.left_out and not self._scaled:
             for entry in self._tracked:
                 entry.parameter.grad = None  # optimizers pass over parameters without a gradient
@@ -316,6 +365,17 @@ class Attachment:
                 for own in group["params"]:
                     if id(own) in self._host.stands_for():
                         own.grad = None
+
+    def _step_late(self) -> None:
+        """What of SGD the host's clipping had to come before; once for each step of the hook."""
+        if not self._late or self._hook.step == self._stepped:
+            return
+        self._stepped = self._hook.step
+        for group in self._optimizer.param_groups:
+            for own in group["params"]:
+                entry = self._late.get(id(own))
+                if entry is not None:
+                    step_late(entry, own)
 
     def _state_bytes(self) -> int:
         tensors = [tensor for entry in self._tracked for tensor in entry.memory.tensors().values()]

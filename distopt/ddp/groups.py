@@ -34,15 +34,17 @@ class Group:
     def memory_now(self) -> Memory:
         """The joined memory, with what the slots' own have noted since."""
         own = self.slots[0].tracked.memory
-        self.memory.holds_back, self.memory.owes = own.holds_back, own.owes
+        self.memory.holds_back, self.memory.owes, self.memory.pending = own.holds_back, own.owes, own.pending
         return self.memory
 
     def note(self) -> None:
         """Lets the slots' own memories know what the joined one has noted."""
         noted, own = self.memory, self.slots[0].tracked.memory
-        if (noted.holds_back, noted.owes) != (own.holds_back, own.owes):
+        found = (noted.holds_back, noted.owes, noted.pending)
+        if found != (own.holds_back, own.owes, own.pending):
             for slot in self.slots:
-                slot.tracked.memory.holds_back, slot.tracked.memory.owes = noted.holds_back, noted.owes
+                memory = slot.tracked.memory
+                memory.holds_back, memory.owes, memory.pending = found
 
     @cached_property
     def segments(self) -> Tensor:

@@ -31,12 +31,16 @@ class Host(ABC):
         device: Where its parameters live.
         tracks_usage: Whether the system leaves the gradient of a parameter alone that no rank's backward pass reached.
         shard: Which part of every parameter this rank has, "0 of 2" say; empty for all of it.
+        changes_updates: Whether it clips updates, or casts them to master weights, before the optimizer's step. What
+            was taken over of SGD then happens at the step where it can: momentum of parameters that are sent whole, and
+            weight decay.
     """
 
     process_group: dist.ProcessGroup
     device: torch.device
     tracks_usage: bool = False
     shard: str = ""
+    changes_updates: bool = False
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:

@@ -29,12 +29,16 @@ class Memory(ABC):
         owes: Whether v may hold something: after a sparse step or where a dense wire has rounded; the same on all.
         at_leader: Whether the first rank of each node holds what the node's ranks kept, and the others zeros; the same
             on all.
+        late: Whether the momentum of a dense step waits for the optimizer's step, since the host clips before it.
+        pending: Whether it is waiting.
     """
 
     per_rank: tuple[str, ...] = ()
     holds_back: bool = False
     owes: bool = False
     at_leader: bool = False
+    late: bool = False
+    pending: bool = False
 
     @property
     def num_outgoing(self) -> int:
@@ -299,6 +303,7 @@ class MomentumCorrection(Memory):
         """See `Memory.select_`."""
         assert self.v is not None
         self.holds_back = self.owes = True
+        self.pending = False
         return ops.dgc_sparsify_segments_(
             gradient,
             self.u,
@@ -314,6 +319,7 @@ class MomentumCorrection(Memory):
         """See `Memory.take_`."""
         assert self.v is not None
         self.holds_back = self.owes = True
+        self.pending = False
         return ops.dgc_take_segments_(
             gradient,
             self.u,
@@ -354,9 +360,12 @@ class MomentumCorrection(Memory):
     def settle_(self, averaged: list[Tensor], error: Tensor | None) -> Tensor:
         """See `Memory.settle_`."""
         self._keep_only_(error)
+        self.pending = self.late and not self.holds_back
         if self.holds_back:
             self.u.copy_(averaged[1])
             self.holds_back = False
+            return averaged[0]
+        if self.pending:
             return averaged[0]
         if averaged[0].dtype == self.u.dtype and self.u.dtype in (torch.float32, torch.float64):
             ops.momentum_step_(averaged[0], self.u, momentum=self.momentum, nesterov=self.nesterov)

@@ -21,6 +21,11 @@ class Hyperparameters:
     nesterov: bool = False
     weight_decay: float = 0.0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither momentum nor weight decay."""
+        return not self.momentum and not self.weight_decay
+
 
 @dataclasses.dataclass(eq=False, slots=True, kw_only=True)
 class TrackedParameter:
@@ -33,6 +38,8 @@ class TrackedParameter:
         decay: Momentum of its weight decay; None without decay or where decay is part of the gradient.
         density: Fraction of entries sent after warm-up; None for a parameter that is always sent whole.
         local_decay: Weight decay added to the local gradient before selection; 0 for none.
+        late: Whether what is replicated of SGD happens at the optimizer's step (see late.py).
+        late_decay: Weight decay added to the averaged gradient there, before momentum; 0 for none.
         hyperparameters: What was taken over for it from the optimizer.
     """
 
@@ -42,6 +49,8 @@ class TrackedParameter:
     decay: DecayMomentum | None = None
     density: float | None = None
     local_decay: float = 0.0
+    late: bool = False
+    late_decay: float = 0.0
     hyperparameters: Hyperparameters = Hyperparameters()
 
 

@@ -129,7 +129,7 @@ class BucketPlan:
         """The slots whose weight decay has a momentum of its own, those with equal settings together."""
         found: dict[object, list[Slot]] = {}
         for slot in self.slots:
-            if slot.tracked.decay is not None:
+            if slot.tracked.decay is not None and not slot.tracked.late:
                 found.setdefault(slot.tracked.decay.settings, []).append(slot)
         return tuple(tuple(slots) for slots in found.values())
 

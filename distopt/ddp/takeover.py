@@ -5,9 +5,10 @@ are 0, so that neither is applied twice; `detach` puts back the settings and, as
 """
 
 import collections
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Takeover:
     @property
     def is_empty(self) -> bool:
         """Whether there was neither momentum nor weight decay to take."""
-        return all(not h.momentum and not h.weight_decay for h in self.hyperparameters.values())
+        return all(settings.is_empty for settings in self.hyperparameters.values())
 
     def take(self, tracked: Sequence[TrackedParameter]) -> None:
         """Sets the optimizer's momentum and weight decay to 0 and moves its momentum buffers into u."""
@@ -116,6 +117,15 @@ class Takeover:
                 buffer = buffers.get(self._id(parameter))
                 if buffer is not None and saved.momentum:
                     self._optimizer.state[parameter]["momentum_buffer"] = _like(parameter, buffer.to(parameter.dtype))
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        """While somebody saves the optimizer: its settings are the user's, so that it can be loaded without us."""
+        self.give_back({})
+        try:
+            yield
+        finally:
+            self.take([])
 
     def describe(self) -> str:
         """What was taken, one phrase for all parameters that share it."""

@@ -1,0 +1,142 @@
+"""Real DeepSpeed on two ranks: with nothing left out it trains as without us, and the ranks always agree."""
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+import deepspeed_cases as cases
+
+from rank_pool import RankPool
+
+pytestmark = pytest.mark.job
+
+WHOLE = {"algorithm": "dgc", "density": 1.0}
+SPARSE = {"algorithm": "dgc", "density": 0.01, "exchange": "allgather"}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+CASES = {
+    "plain": {},
+    "momentum": {"momentum": 0.9, "weight_decay": 1e-3},
+    "accumulation": {"gradient_accumulation_steps": 2, "momentum": 0.9, "gradient_clipping": 0.0},
+    "clipping": {"gradient_clipping": 0.1, "momentum": 0.9},
+    "bf16": {"bf16": {"enabled": True}, "momentum": 0.9, "weight_decay": 1e-3, "gradient_clipping": 0.1},
+    "adam": {"kind": "AdamW", "gradient_clipping": 0.1, "lr": 1e-3, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_density_one_is_plain_deepspeed_to_the_bit(pool, name):
+    config = cases.ds_config(**CASES[name])
+    block = {**WHOLE, "algorithm": "topk" if name == "adam" else "dgc"}
+    plain = pool(cases.run, config)
+    for overlap in (False, True):
+        got = pool(cases.run, {**config, "distopt": {**block, "overlap": overlap}})
+        for rank in range(2):
+            assert cases.same([plain[rank][0]], [got[rank][0]]), f"overlap={overlap}"
+            assert got[rank][1]["steps"] == 6
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_ranks_stay_identical_at_density_001(pool, overlap, bf16):
+    config = cases.ds_config(momentum=0.9, weight_decay=1e-3, bf16={"enabled": bf16}, gradient_accumulation_steps=2)
+    (first, stats), (second, _) = pool(cases.run, {**config, "distopt": {**SPARSE, "overlap": overlap}}, steps=8)
+    plain = pool(cases.run, config, steps=8)[0][0]
+    assert cases.same([first], [second])
+    assert not cases.same([first], [plain])
+    assert stats["bytes_sent"] < stats["bytes_dense"] / 8  # the biases and headers of a small model are most of it
+    assert stats["steps"] == 8
+
+
+def test_momentum_and_decay_are_taken_over_once_and_given_back(pool):
+    for outcome in pool(cases.taken_over, SPARSE):
+        assert outcome["while"] == [(0.0, 0.0)]
+        assert outcome["after"] == [(0.9, 1e-3)]
+        assert outcome["buffers"] == 4
+        assert outcome["untouched"]
+        assert "momentum 0.9 and weight decay 0.001" in outcome["stats"]["taken_over"]
+        assert any("gradient_clipping=1 clips the update" in warning for warning in outcome["warnings"]) == (
+            outcome["rank"] == 0
+        )
+
+
+def test_after_detach_the_engine_trains_as_plain_deepspeed(pool):
+    for same, left in pool(cases.trains_on_after_detach):
+        assert same
+        assert left == []
+
+
+def test_a_compiled_engine_trains_as_one_that_is_not(pool):
+    assert pool(cases.compiled) == [True, True]
+
+
+def test_a_second_backward_pass_at_the_boundary_is_refused(pool):
+    for message in pool(cases.backward_twice):
+        assert "second one at the boundary" in message
+
+
+def test_what_is_found_on_an_engine_is_refused_at_attach(pool):
+    for messages in pool(cases.refused_at_attach):
+        assert "zero_optimization.stage, got 1" in messages["zero"]
+        assert "attach once" in messages["twice"]
+        assert "DistributedDataParallel" in messages["wrapped"]
+        assert "sparse=True" in messages["sparse"]
+
+
+def test_ranks_with_different_blocks_are_told(pool):
+    for message in pool(cases.different_blocks):
+        assert "density" in message
+
+
+def test_the_log_and_every_nth_checkpoint_are_written(pool, tmp_path):
+    block = {**SPARSE, "log": {"folder": str(tmp_path / "log"), "every": 2}}
+    block["checkpoint"] = {"folder": str(tmp_path / "saved"), "every": 2, "keep": 2}
+    pool(cases.run, cases.ds_config(momentum=0.9, gradient_accumulation_steps=2, distopt=block), steps=7)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["global_step4", "global_step6", "latest"]
+    assert len(list((tmp_path / "saved" / "global_step6" / "distopt").glob("*.pt"))) == 2
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == [
+        "report.txt",
+        "stats-0.jsonl",
+        "stats-1.jsonl",
+    ]
+
+
+def test_a_ds_config_in_a_file_with_a_job_in_a_file(pool, tmp_path):
+    for stats in pool(cases.from_files, str(tmp_path)):
+        assert stats["algorithm"] == "topk"
+        assert stats["steps"] == 2
+
+
+def test_a_run_that_is_resumed_goes_on_to_the_bit(pool, tmp_path):
+    for overlap in (False, True):
+        folder = str(tmp_path / str(overlap))
+        assert pool(cases.resumed, {**SPARSE, "overlap": overlap}, folder) == [True, True]
+
+
+def test_a_plain_checkpoint_is_taken_up_with_its_momentum(pool, tmp_path):
+    for rank, (same, warnings) in enumerate(pool(cases.from_plain_checkpoint, WHOLE, str(tmp_path))):
+        assert same
+        assert sum("no state of distopt" in warning for warning in warnings) == (rank == 0)
+
+
+def test_plain_deepspeed_takes_up_a_checkpoint_of_ours_with_momentum_in_its_settings(pool, tmp_path):
+    assert pool(cases.plain_takes_up, SPARSE, str(tmp_path)) == [(0.9, 1e-3)] * 2
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_three(pool, tmp_path):
+    held = pool(cases.saved_with_held_back, SPARSE, str(tmp_path))
+    three = RankPool(3)
+    try:
+        outcomes = three(cases.held_back_after_load, SPARSE, str(tmp_path))
+    finally:
+        three.close()
+    assert sum(outcome["held"] for outcome in outcomes) == pytest.approx(sum(held), abs=1e-5)
+    assert cases.same([outcomes[0]["weights"]], [outcomes[1]["weights"]])
+    assert cases.same([outcomes[0]["weights"]], [outcomes[2]["weights"]])
