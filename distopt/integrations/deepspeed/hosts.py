@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as a host: its own average replaced, or DistributedDataParallel put inside it."""
+"""A DeepSpeed engine as a host: its own average replaced, at ZeRO stage 0 or 1, or DistributedDataParallel inside."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +64,9 @@ class EngineHost(FeedHost):
 
     def _exchange(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
         """Takes the place of DeepSpeed's method, which averages the gradients of the module."""
+        self._exchange_gradients()
+
+    def _exchange_gradients(self) -> None:
         engine = self._engine
         if self._exchanged_at == engine.micro_steps:
             raise CompatibilityError(
@@ -77,6 +80,36 @@ class EngineHost(FeedHost):
             if parameter.grad is None:  # took no part here, but perhaps on another rank
                 parameter.grad = torch.zeros_like(parameter)
         self.exchange(parameters, [parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+class ZeroOneHost(EngineHost):
+    """An engine at ZeRO stage 1: every rank has the whole gradient at the boundary, and keeps its part of the average.
+
+    The gradients are exchanged before DeepSpeed takes its parts, and its own reduction of them does nothing. What each
+    rank has stepped, DeepSpeed still sends whole: half of a plain step's bytes remain, in no count of ours.
+    """
+
+    def claim(self) -> None:
+        """See `Host.claim`."""
+        super().claim()
+        for name in ("reduce_gradients", "average_tensor"):
+            check_untouched(self._engine.optimizer, name)
+
+    def connect(self, hook: CommHook | None) -> None:
+        """See `Host.connect`."""
+        FeedHost.connect(self, hook)
+        if hook is None:
+            self.patches.undo()
+            return
+        optimizer = self._engine.optimizer
+        take_parts = optimizer.reduce_gradients
+
+        def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+            self._exchange_gradients()
+            take_parts(*args, **kwargs)
+
+        self.patches.replace(optimizer, "reduce_gradients", reduce_gradients)
+        self.patches.replace(optimizer, "average_tensor", lambda tensor, communication_data_type: None)
 
 
 class OverlapHost(Host):
@@ -182,6 +215,9 @@ def master_weights(engine: Any) -> dict[int, list[Tensor]]:
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
         return {}
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):  # ZeRO: this rank's part of each group, flat
+        masters = zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, strict=True)
+        return {id(flat): list(parameters) for flat, parameters in masters}
     if hasattr(wrapper, "fp32_groups_flat"):
         masters = zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True)
         return {id(flat): list(parameters) for flat, parameters in masters}
@@ -193,7 +229,7 @@ def master_weights(engine: Any) -> dict[int, list[Tensor]]:
         }
     raise CompatibilityError(
         f"distopt does not know which parameters DeepSpeed's {type(wrapper).__name__} steps; use fp32, bf16 or "
-        "torch_autocast at ZeRO stage 0"
+        "torch_autocast, with gradients accumulated in the same dtype"
     )
 
 

@@ -11,7 +11,7 @@ from distopt.ddp.attachment import Attachment
 from distopt.errors import ConfigError
 from distopt.integrations.deepspeed.block import Block, host_module, read_config, take_block
 from distopt.integrations.deepspeed.checkpoints import follow_checkpoints, save_every
-from distopt.integrations.deepspeed.hosts import EngineHost, OverlapHost
+from distopt.integrations.deepspeed.hosts import EngineHost, OverlapHost, ZeroOneHost
 from distopt.integrations.deepspeed.refusals import (
     check_config,
     check_engine,
@@ -109,12 +109,9 @@ def attach(engine: Any, source: JobSource, *, overlap: bool | None = None) -> At
 
 
 def _attach(engine: Any, block: Block) -> Attachment:
-    check_engine(engine, overlap=block.overlap)
-    host: EngineHost | OverlapHost
-    if block.overlap:
-        host = OverlapHost(engine, bucket_cap_mb=block.bucket_cap_mb)
-    else:
-        host = EngineHost(engine, bucket_cap_mb=block.bucket_cap_mb)
+    check_engine(engine, block.algorithm, overlap=block.overlap)
+    kind = OverlapHost if block.overlap else ZeroOneHost if engine.zero_optimization_stage() == 1 else EngineHost
+    host = kind(engine, bucket_cap_mb=block.bucket_cap_mb)
     attachment = block.algorithm.attach_to(host, engine.basic_optimizer)
     follow_checkpoints(engine, host, attachment)
     if block.job.checkpoint is not None:

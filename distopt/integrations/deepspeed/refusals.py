@@ -25,7 +25,11 @@ _COMMUNICATION = "values of the block decides what travels: leave communication_
 
 
 def _stage(value: Any) -> bool:
-    return value not in (0, False, None)
+    return value not in (0, 1, None, "auto")
+
+
+def _off(value: Any) -> bool:
+    return value is False
 
 
 def _on(value: Any) -> bool:
@@ -41,8 +45,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("zero_optimization", "stage"),
         _stage,
-        "set stage to 0 (ZeRO sends each rank only its part of the gradient, so there is no average to replace; at "
-        "stage 0 every rank keeps the whole optimizer state)",
+        "set stage to 0, or to 1 with an algorithm that leaves momentum to the optimizer (from stage 2 on no rank ever "
+        "has the whole gradient)",
     ),
     (("fp16", "enabled"), _on, 'use "bf16": {"enabled": true} (fp16 gradients are still multiplied by the loss scale)'),
     (
@@ -89,18 +93,35 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 
+# The same at ZeRO stage 1, where only one of DeepSpeed's ways to reduce gradients is known to be exact.
+_RULES_OF_STAGE_1: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("zero_optimization", "overlap_comm"), _on, "set it to false"),
+    (("zero_optimization", "contiguous_gradients"), _off, "set it to true"),
+    (("zero_optimization", "reduce_scatter"), _off, "set it to true"),
+    (("zero_optimization", "zenflow"), lambda value: value is not None, "leave it out"),
+    (
+        ("zero_optimization", "offload_optimizer", "device"),
+        lambda value: value not in (None, "none"),
+        'set it to "none", or use stage 0 without offload',
+    ),
+)
+
+
 def check_config(config: Mapping[str, Any], *, overlap: bool) -> None:
     """Refuses what a ds_config asks for and compressed gradients cannot do.
 
     Raises:
         CompatibilityError: Names the key, its value and the remedy.
     """
-    for path, refused, remedy in _RULES:
+    stage = _stage_of(config)
+    for path, refused, remedy in _RULES + (_RULES_OF_STAGE_1 if stage == 1 else ()):
         value = _at(config, path)
         if refused(value):
             raise CompatibilityError(f"distopt cannot work with {'.'.join(path)}, got {value!r}; {remedy}")
-    if config.get("zero_optimization") is True:
-        raise CompatibilityError("distopt cannot work with zero_optimization, got True; leave it out, which is stage 0")
+    if stage == 1 and overlap:
+        raise CompatibilityError(
+            "overlap needs ZeRO stage 0, got zero_optimization.stage 1, which reduces at the boundary; leave overlap out"
+        )
     autocast = config.get("torch_autocast")
     if isinstance(autocast, Mapping) and _on(autocast.get("enabled")):
         dtype = str(autocast.get("dtype"))
@@ -131,6 +152,12 @@ def check_optimizer(config: Mapping[str, Any], optimizer: object, algorithm: DDP
     """
     if not algorithm.corrects_momentum:
         return
+    if _stage_of(config) == 1:
+        raise CompatibilityError(
+            f"momentum correction needs the momentum of every parameter on every rank, got {algorithm.name!r} with "
+            'zero_optimization.stage 1, where each rank has a part of it; use {"algorithm": "topk", "density": 0.01}, '
+            "or stage 0"
+        )
     kind = _at(config, ("optimizer", "type"))
     name = None
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -188,7 +215,7 @@ def check_not_wrapped(model: nn.Module) -> None:
         )
 
 
-def check_engine(engine: Any, *, overlap: bool) -> None:
+def check_engine(engine: Any, algorithm: DDPAlgorithm, *, overlap: bool) -> None:
     """Refuses an engine as `check_config` and `check_model` do, and by what it has become.
 
     Raises:
@@ -202,8 +229,9 @@ def check_engine(engine: Any, *, overlap: bool) -> None:
             )
     check_config(engine._config._param_dict, overlap=overlap)
     check_model(engine.module, engine.mpu)
+    check_optimizer(engine._config._param_dict, engine.basic_optimizer, algorithm)
     found = {
-        "zero_optimization.stage": (int(engine.zero_optimization_stage()), 0),
+        "zero_optimization.stage": (max(1, int(engine.zero_optimization_stage())), 1),
         "fp16.enabled": (engine.fp16_enabled(), False),
         "a loss scale": (getattr(engine, "torch_autocast_z0_gradscaler", None) is not None, False),
         "a pipeline": (bool(engine.pipeline_parallelism), False),
@@ -219,6 +247,28 @@ def check_engine(engine: Any, *, overlap: bool) -> None:
             f"attach needs an engine with a torch optimizer, got {type(engine.basic_optimizer).__name__}; give "
             "deepspeed.initialize an optimizer, or name one in ds_config"
         )
+    if engine.zero_optimization_stage() == 1:
+        _check_zero_one(engine.optimizer)
+
+
+def _check_zero_one(optimizer: Any) -> None:
+    """Refuses what a ZeRO optimizer has become, beyond what its ds_config says."""
+    found = {"overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True, "cpu_offload": False}
+    found["use_grad_accum_attribute"] = False
+    for name, needed in found.items():
+        value = getattr(optimizer, name, None)
+        if value is not needed:
+            raise CompatibilityError(
+                f"at ZeRO stage 1 {name} must be {needed}, got {value!r} in {type(optimizer).__name__}; set it so in "
+                "ds_config, or use stage 0"
+            )
+
+
+def _stage_of(config: Mapping[str, Any]) -> int:
+    """The stage of ZeRO that a ds_config asks for; it may be switched on by `true` alone."""
+    given = config.get("zero_optimization")
+    stage = int(given) if isinstance(given, bool) else _at(config, ("zero_optimization", "stage"))
+    return stage if isinstance(stage, int) else 0
 
 
 def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Any:

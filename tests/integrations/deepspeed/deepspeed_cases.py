@@ -203,8 +203,9 @@ def refused_at_attach():
 
     algorithm = distopt.TopK(density=0.5)
     messages = {}
-    zero = ds_config(zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True)
-    messages["zero"] = message_of(attach, make_engine(zero), algorithm)
+    for stage, name, refused in ((2, "zero", algorithm), (1, "momentum of zero 1", distopt.DGC(density=0.5))):
+        config = ds_config(zero_optimization={"stage": stage}, zero_allow_untested_optimizer=True)
+        messages[name] = message_of(attach, make_engine(config), refused)
     engine = make_engine(ds_config())
     attach(engine, algorithm)
     messages["twice"] = message_of(attach, engine, algorithm)
@@ -239,9 +240,9 @@ def from_files(folder):
     return made[0].distopt.stats()
 
 
-def resumed(block, folder):
+def resumed(block, folder, **more):
     """Four steps, saved after two, against two steps of an engine that has loaded."""
-    config = ds_config(momentum=0.9, weight_decay=1e-3, distopt=block)
+    config = ds_config(momentum=0.9, weight_decay=1e-3, distopt=block, **more)
     first = make_engine(config)
     train(first, 0, 2)
     first.save_checkpoint(folder)

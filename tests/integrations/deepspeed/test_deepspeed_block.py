@@ -51,8 +51,20 @@ def expert():
 
 
 REFUSED = {
-    "zero": ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage, got 1; set stage to 0"),
-    "zero switched on": ({"zero_optimization": True}, "zero_optimization, got True; leave it out"),
+    "zero": ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage, got 2; set stage to 0"),
+    "zero 1 and momentum": (
+        {"zero_optimization": True, "distopt": {"algorithm": "dgc"}},
+        "'dgc' with zero_optimization.stage 1, where each rank has a part of it; use",
+    ),
+    "zero 1 and overlap": (
+        {"zero_optimization": {"stage": 1}, "distopt": {**BLOCK, "overlap": True}},
+        "overlap needs ZeRO stage 0",
+    ),
+    "zero 1 its overlap": ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm, got True; set it"),
+    "zero 1 offload": (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        "offload_optimizer.device, got 'cpu'",
+    ),
     "fp16": ({"fp16": {"enabled": True}}, 'fp16.enabled, got True; use "bf16"'),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'use "bfloat16"'),
     "prescale": ({"prescale_gradients": True}, "prescale_gradients, got True; set it to false"),

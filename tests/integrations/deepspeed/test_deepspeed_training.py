@@ -43,6 +43,32 @@ def test_density_one_is_plain_deepspeed_to_the_bit(pool, name):
             assert got[rank][1]["steps"] == 6
 
 
+ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+CASES_OF_ZERO_1 = {
+    "sgd": {"momentum": 0.9, "weight_decay": 1e-3, "gradient_accumulation_steps": 2, "gradient_clipping": 0.1},
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}, "kind": "AdamW", "lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", CASES_OF_ZERO_1)
+def test_density_one_is_plain_zero_1_to_the_bit(pool, name):
+    config = cases.ds_config(**ZERO_1, **CASES_OF_ZERO_1[name])
+    plain = pool(cases.run, config)
+    got = pool(cases.run, {**config, "distopt": {"algorithm": "topk", "density": 1.0}})
+    for rank in range(2):
+        assert cases.same([plain[rank][0]], [got[rank][0]])
+        assert got[rank][1]["steps"] == 6
+
+
+def test_ranks_stay_identical_at_density_001_with_zero_1(pool):
+    config = cases.ds_config(**ZERO_1, **CASES_OF_ZERO_1["sgd"])
+    block = {**SPARSE, "algorithm": "topk"}
+    (first, stats), (second, _) = pool(cases.run, {**config, "distopt": block}, steps=8)
+    assert cases.same([first], [second])
+    assert not cases.same([first], [pool(cases.run, config, steps=8)[0][0]])
+    assert stats["bytes_sent"] < stats["bytes_dense"] / 8
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_ranks_stay_identical_at_density_001(pool, overlap, bf16):
@@ -84,7 +110,8 @@ def test_a_second_backward_pass_at_the_boundary_is_refused(pool):
 
 def test_what_is_found_on_an_engine_is_refused_at_attach(pool):
     for messages in pool(cases.refused_at_attach):
-        assert "zero_optimization.stage, got 1" in messages["zero"]
+        assert "zero_optimization.stage, got 2" in messages["zero"]
+        assert "where each rank has a part of it" in messages["momentum of zero 1"]
         assert "attach once" in messages["twice"]
         assert "DistributedDataParallel" in messages["wrapped"]
         assert "sparse=True" in messages["sparse"]
@@ -118,6 +145,8 @@ def test_a_run_that_is_resumed_goes_on_to_the_bit(pool, tmp_path):
     for overlap in (False, True):
         folder = str(tmp_path / str(overlap))
         assert pool(cases.resumed, {**SPARSE, "overlap": overlap}, folder) == [True, True]
+    block = {**SPARSE, "algorithm": "topk"}
+    assert pool(cases.resumed, block, str(tmp_path / "zero"), **ZERO_1) == [True, True]
 
 
 def test_a_plain_checkpoint_is_taken_up_with_its_momentum(pool, tmp_path):
