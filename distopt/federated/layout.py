@@ -103,7 +103,7 @@ class Layout:
         return [tensors[name] for name in self.trained_names]
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a vector (..., num_elements) by name, each (..., *shape)."""
+        """Views of a vector `(..., num_elements)` by name, each `(..., *shape)`."""
         parts = vector.split([shape.numel() for shape in self.shapes], dim=-1)
         return {
             name: part.view((*vector.shape[:-1], *shape))

@@ -1,0 +1,47 @@
+"""Sphinx builds the API reference from the docstrings: `make docs`, or sphinx-build -W -n docs/api docs/api/_build."""
+
+from distopt.version import __version__ as release
+
+project = "distopt"
+author = copyright = "The distopt developers"
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "alabaster"
+exclude_patterns = ["_build"]
+default_role = "code"  # what stands between single backticks
+napoleon_use_rtype = False  # the types stand in the signatures; what a docstring says of a result is text
+
+# Hosts need not be installed for their adapters to be described.
+autodoc_mock_imports = ["accelerate", "deepspeed", "flwr", "lightning", "transformers"]
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+add_module_names = False
+
+# Every type in a signature must be described here, or be of a package that is not, or be a part of distopt that users
+# do not name, or be imported for type checkers alone.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(abc|collections|enum|np|numpy|os|pathlib|queue|socket|threading|torch|types|typing)\..*"),
+    ("py:.*", r"distopt\..*"),
+    ("py:class", "Console|DDPAlgorithm|Part|Scaler|Tensor"),
+]
+
+# Napoleon takes what stands before the first colon of a property's text for its type. Their texts are sentences, and
+# are put back after it (it has priority 500).
+_sentences = {}
+
+
+def keep(app, what, name, subject, options, lines):
+    if what in ("attribute", "property", "data"):
+        _sentences[name] = list(lines)
+
+
+def put_back(app, what, name, subject, options, lines):
+    if name in _sentences:
+        lines[:] = _sentences.pop(name)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", keep, priority=100)
+    app.connect("autodoc-process-docstring", put_back, priority=900)
