@@ -22,7 +22,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 comma := ,
 SOURCES := $(wildcard setup.py MANIFEST.in csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench build clean setup setup-dev setup-mpi setup-hosts setup-flower test-flower
+.PHONY: help demo test test-jobs test-slow test-native fuzz test-cuda-logic gpu lint format types bench docs build clean setup setup-dev setup-mpi setup-hosts setup-docs setup-flower test-flower
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ types: setup-dev  ## mypy, strict, on the package
 bench: setup  ## the kernels' speed (a minute); the accuracy benchmark is benchmarks/accuracy.py
 	$(BIN)/python benchmarks/compress.py
 
+docs: setup setup-docs  ## the API reference, from the docstrings, in docs/api/_build; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs/api docs/api/_build
+
 build: setup  ## a wheel in dist/
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 
@@ -83,10 +86,12 @@ test-flower: setup-flower  ## the Flower integration: types, rounds, whole jobs 
 
 setup-mpi: .make/mpi  ## mpi4py and Open MPI for the tests over mpirun, which are skipped without them
 
+setup-docs: .make/docs  ## Sphinx for the API reference and its test, which is skipped without it
+
 setup-hosts: .make/hosts  ## DeepSpeed, Accelerate, Lightning and transformers for their tests, which are skipped without them
 
 clean:  ## remove what the other targets built, the virtual environment included; runs/ stays
-	rm -rf $(VENV) $(VENV)-flower .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-flower .make build dist docs/api/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find distopt -name '*.so' -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -126,8 +131,8 @@ $(BIN)/python:
 
 # What the extras list (`dev`, `mpi`, those of the hosts), without building the package once more.
 .make/hosts: EXTRAS := deepspeed accelerate lightning transformers
-.make/dev .make/mpi .make/hosts: EXTRAS ?= $(@F)
-.make/dev .make/mpi .make/hosts: .make/torch pyproject.toml
+.make/dev .make/mpi .make/docs .make/hosts: EXTRAS ?= $(@F)
+.make/dev .make/mpi .make/docs .make/hosts: .make/torch pyproject.toml
 	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print(*(line for extra in '$(EXTRAS)'.split() for line in project['optional-dependencies'][extra]), sep='\n')" > $@.txt
 	$(PIP) install -q -r $@.txt
