@@ -1,10 +1,8 @@
 """Gossip at work on one model: what `attach` returns, and what `detach` undoes."""
 
 import atexit
-import hashlib
 import logging
 import os
-import secrets
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +13,17 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from distopt.comm import agree, end_quietly, gather_json, own_address, parse_address, raise_together
+from distopt.comm import end_quietly, parse_address, raise_together
 from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
-from distopt.gossip.flat import check_averaged, group, trained
-from distopt.gossip.mixing.rule import Mixing, Surroundings
+from distopt.gossip.flat import group, trained
+from distopt.gossip.introduction import address_here, changes_gradients, facts, group_to_begin, introduce
+from distopt.gossip.mixing.rule import Surroundings
 from distopt.gossip.participant import AtOnce, Participant
 from distopt.gossip.ranks.background import Background, streams_of
-from distopt.gossip.ranks.crew import Assembly, Crew
+from distopt.gossip.ranks.crew import Crew
 from distopt.gossip.ranks.exchange import Exchange
-from distopt.version import __version__
 
 _log = logging.getLogger("distopt")
 _FORMAT = 1
@@ -63,13 +60,22 @@ class GossipAttachment:
         join: str | None,
     ) -> None:
         self.algorithm = algorithm
-        self.process_group = None if join is not None else _group(process_group)
+        self.process_group = None if join is not None else group_to_begin(process_group)
         self._optimizer, self._scaler = optimizer, scaler
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
         towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
         if join is not None:
             towards = parse_address(join).host
-        self._assembly = self._introduce(model, interface or _address_here(towards), join)
+        num_ranks = None if join is not None else 1 if self.process_group is None else self.process_group.size()
+        self._assembly = introduce(
+            algorithm,
+            lambda: facts(
+                algorithm, model, optimizer, has_scaler=scaler is not None, taken=_taken(), num_ranks=num_ranks
+            ),
+            self.process_group,
+            interface or address_here(towards),
+            join,
+        )
         self._vectors = group(trained(model))
         try:
             self._exchange = Exchange(
@@ -93,7 +99,7 @@ class GossipAttachment:
         self._given = {id(p) for each in optimizer.param_groups for p in each["params"]}
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
-        if _changes_gradients(algorithm):
+        if changes_gradients(algorithm):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._undo_scaler = (
             None if scaler is None else _tell_of_skips(scaler, optimizer, self._before_scaled, self._after_scaled)
@@ -329,7 +335,7 @@ class GossipAttachment:
         self._gather()
         due = (self._participant.steps + 1) % self.algorithm.every == 0
         moments, tensors = self._moments() if due else ([], [])
-        rates = [each.by_parameter(lr) for each in self._vectors]
+        rates = [each.by_parameter(lr) for each in self._vectors] if due else []
         if self._participant.stepped_(self._rows, rates, moments):
             self._exchanges += 1
         self._scatter()
@@ -367,93 +373,6 @@ class GossipAttachment:
 
     # -- who takes part ----------------------------------------------------------------------------------------------
 
-    def _introduce(self, model: nn.Module, interface: str, join: str | None) -> Assembly:
-        """This rank's assembly, which knows where the others are; all ranks find out whether they fit together."""
-        problem: DistoptError | None = None
-        own: dict[str, Any] | None = None
-        try:
-            own = self._facts(model, joins=join is not None)
-        except DistoptError as error:
-            problem = error
-        timing = {"patience_s": self.algorithm.peer_timeout, "grace_s": self.algorithm.grace}
-        if join is not None:
-            if problem is not None:
-                raise problem
-            return Assembly.to_join(join, interface, facts=own, **timing)
-        job = secrets.token_hex(8)
-        if self.process_group is None:
-            if problem is not None:
-                raise problem
-            return Assembly(0, interface, facts=own, job=job, **timing)
-        agree(own, problem, self.process_group, _CPU)
-        job = gather_json(job, self.process_group, _CPU)[0]
-        assembly = None
-        try:
-            assembly = Assembly(self.process_group.rank(), interface, facts=own, job=job, **timing)
-        except DistoptError as error:
-            problem = error
-        try:
-            raise_together(problem, self.process_group, _CPU, what="cannot attach")
-            assert assembly is not None
-            told = gather_json(list(assembly.address), self.process_group, _CPU)
-            assembly.begin({rank: (str(host), int(port)) for rank, (host, port) in enumerate(told)})
-            try:
-                assembly.greet()
-            except PeerLostError as error:
-                problem = error
-            raise_together(problem, self.process_group, _CPU, what="cannot attach")
-        except BaseException:
-            if assembly is not None:
-                assembly.close(farewell=False)
-            raise
-        return assembly
-
-    def _facts(self, model: nn.Module, *, joins: bool) -> dict[str, Any]:
-        if any(isinstance(each, DistributedDataParallel) for each in model.modules()):
-            raise CompatibilityError(
-                "gossip takes the place of DDP's own averaging, got a DistributedDataParallel model; pass the module "
-                "that it wraps (model.module), and do not wrap it"
-            )
-        parameters = trained(model)
-        check_averaged(parameters)
-        taken = {id(p) for each in _AT_WORK if each._attached for group in each._vectors for p in group.parameters}
-        if found := [name for name, p in parameters.items() if id(p) in taken]:
-            raise CompatibilityError(
-                f"a model must be attached once, got {found[0]!r} that another attachment averages; detach that first"
-            )
-        known = {id(p) for each in getattr(self._optimizer, "param_groups", ()) for p in each["params"]}
-        if not parameters or not any(id(p) in known for p in parameters.values()):
-            raise CompatibilityError(
-                f"the optimizer must hold parameters of the model, got none of its {len(parameters)}; make it from "
-                "model.parameters(), of this very model"
-            )
-        if self.algorithm.rule.replaces_momentum:
-            for each in self._optimizer.param_groups:
-                if type(self._optimizer) is not torch.optim.SGD or each["momentum"] or each["nesterov"]:
-                    raise CompatibilityError(
-                        f"{self.algorithm.rule.name} has a memory of its own and needs torch.optim.SGD without "
-                        f"momentum, got {type(self._optimizer).__name__} with momentum {each.get('momentum')}; use "
-                        "torch.optim.SGD(momentum=0)"
-                    )
-        if (
-            self._scaler is not None
-            and _changes_gradients(self.algorithm)
-            and getattr(self._optimizer, "_step_supports_amp_scaling", False)
-        ):
-            raise CompatibilityError(
-                f"{self.algorithm.rule.name} needs gradients that are unscaled before the step, got a fused "
-                f"{type(self._optimizer).__name__} with a scaler, which unscales them within it; use fused=False"
-            )
-        if not joins:
-            self.algorithm.surroundings(1 if self.process_group is None else self.process_group.size())
-        shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
-        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
-        return {
-            "distopt version": __version__,
-            "configuration": self.algorithm.to_dict(),
-            "model": f"{len(parameters)} parameters, digest {digest}",
-        }
-
     def _among(self, members: tuple[int, ...]) -> Surroundings:
         try:
             return self.algorithm.among(members)
@@ -487,8 +406,10 @@ class GossipAttachment:
             each.release()
 
 
-def _changes_gradients(algorithm: Gossip) -> bool:
-    return type(algorithm.rule).gradient_ is not Mixing.gradient_
+def _taken() -> set[int]:
+    """The parameters that attachments of this process average, by id."""
+    at_work = (each for each in _AT_WORK if each._attached)
+    return {id(p) for each in at_work for vector in each._vectors for p in vector.parameters}
 
 
 def _put_back(moments: Sequence[Tensor], tensors: Sequence[Sequence[Tensor]]) -> None:
@@ -505,28 +426,6 @@ def _by_dtype(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor
         kinds.setdefault(tensor.dtype, []).append(tensor)
     rows = [torch.cat([tensor.detach().reshape(-1) for tensor in each]).view(1, -1) for each in kinds.values()]
     return rows, list(kinds.values())
-
-
-def _address_here(towards: str | None) -> str:
-    """Where the others find this rank's board; where that cannot be told, `greet` finds out whether they do."""
-    try:
-        return own_address(towards)
-    except OSError:
-        return "127.0.0.1"
-
-
-def _group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks that begin together: those given, or all; None in a process that belongs to no job."""
-    group = given if given is not None or not dist.is_initialized() else dist.group.WORLD
-    if group is not None:
-        try:
-            group._get_backend(_CPU)
-        except RuntimeError as error:
-            raise CompatibilityError(
-                f"the ranks must have a process group for tensors on the CPU, got {dist.get_backend(group)!r}; use "
-                'init_process_group("cpu:gloo,cuda:nccl"), or process_group=dist.new_group(backend="gloo")'
-            ) from error
-    return group
 
 
 def _tell_of_skips(

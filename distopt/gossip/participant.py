@@ -95,7 +95,7 @@ class Participant:
 
         Args:
             vectors: Each (n, d).
-            lrs: Of that step, for each vector; of all elements, or (d,).
+            lrs: Of that step, for each vector; of all elements, or (d,). Read only where an exchange is due.
             moments: Of the optimizer and the like, each (n, k), averaged with the same weights, in place.
         """
         self.steps += 1

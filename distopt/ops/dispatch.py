@@ -92,8 +92,8 @@ def dgc_sparsify_(
 ) -> Selection:
     """Momentum correction, exact selection and masking in one pass.
 
-    `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), then the k entries of largest `|v|` are taken out of v
-    and, with masking, set to zero in u.
+    `u = m u + g; v += u` (Nesterov: `u = m (u + g); v += u + g`), then the k entries of largest `|v|` are taken out of
+    v and, with masking, set to zero in u.
 
     Args:
         grad: float32, bfloat16, float16 or float64, shape (numel,), contiguous; only read.

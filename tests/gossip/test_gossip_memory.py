@@ -10,7 +10,7 @@ from torch import nn
 
 import distopt
 from distopt.errors import CompatibilityError, PeerLostError
-from distopt.gossip import Gossip, attachment
+from distopt.gossip import Gossip
 
 
 class Words(nn.Module):
@@ -247,7 +247,7 @@ def test_who_joins_looks_for_the_way_to_whom_it_joins(monkeypatch):
         towards.append(host)
         return "127.0.0.1"
 
-    monkeypatch.setattr(attachment, "own_address", found)
+    monkeypatch.setattr("distopt.gossip.introduction.own_address", found)
     model = nn.Linear(2, 2)
     with pytest.raises(PeerLostError, match=r"there must be a rank of the job at 127\.0\.0\.9:9"):
         Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1), join="127.0.0.9:9")
@@ -284,3 +284,13 @@ def test_detach_gives_everything_back_also_where_an_exchange_has_failed(monkeypa
     assert set(threading.enumerate()) <= before
     assert storages(model) == 4
     step(model, optimizer)
+
+
+def test_a_step_without_an_exchange_does_not_look_up_rates(monkeypatch):
+    model, optimizer, attached = make(topology="ring", every=3)
+    asked, (vector,) = [], attached._vectors
+    monkeypatch.setattr(type(vector), "by_parameter", lambda self, lr: asked.append(lr) or 0.1)
+    for _ in range(7):
+        step(model, optimizer)
+    assert (len(asked), attached.stats()["exchanges"]) == (2, 2)
+    attached.detach()
