@@ -5,9 +5,7 @@ rank 0 writes its result.
 """
 
 import dataclasses
-import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from link_overlap import _both, _length, _union
+from rank_result import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -169,21 +168,15 @@ def profile(data: datasets.Dataset, way: Way, spec: dict[str, Any], *, keep: boo
     return hidden(profiler.events())
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def measure_all(spec: dict[str, Any]) -> dict[str, Any]:
     data = datasets.load(datasets.FASHION_MNIST)
     result: dict[str, Any] = {"ways": {name: train(data, way, spec) for name, way in WAYS.items()}}
     if spec["profile"]:
         result["profile"] = {
             name: profile(data, WAYS[name], spec, keep=name == "gossip-overlapped") for name in PROFILED
         }
-    if dist.get_rank() == 0:
-        Path(spec["result"]).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(measure_all)

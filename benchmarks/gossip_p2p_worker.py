@@ -4,14 +4,12 @@ On hosts with a link of their own torchrun starts it with one argument, a JSON f
 of rounds, and where rank 0 writes its result.
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_result import run
 from torch import nn
 
 from distopt.gossip import Gossip, OnePeerExponential
@@ -72,16 +70,5 @@ def measure(numel: int, rounds: int) -> dict[str, list[float]]:
     return samples
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    samples = measure(spec["numel"], spec["rounds"])
-    if dist.get_rank() == 0:
-        Path(spec["result"]).write_text(json.dumps(samples))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(lambda spec: measure(spec["numel"], spec["rounds"]))

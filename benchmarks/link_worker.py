@@ -7,9 +7,7 @@ interface counts, headers of TCP and IP included.
 """
 
 import dataclasses
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 from link_overlap import overlap
 from link_tasks import MODES, MOMENTUM, TASKS, Mode, Task
+from rank_result import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,10 +137,7 @@ def profile(contender: Contender, trace: Path) -> dict:
     return overlap(profiler.events())
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def measure_all(spec: dict) -> dict:
     task = TASKS[spec["task"]]()
     contenders = {name: Contender(task, MODES[name]) for name in spec["modes"]}
     measure(contenders, spec["rounds"])
@@ -154,11 +150,8 @@ def main() -> None:
         result["modes"].setdefault(name, {})["training"] = train_to_target(task, MODES[name])
     result["parameters"] = sum(parameter.numel() for parameter in task.model().parameters())
     result["judged_by"], result["target"] = task.judged_by, task.target
-    if dist.get_rank() == 0:
-        Path(spec["result"]).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(measure_all)
