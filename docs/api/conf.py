@@ -24,15 +24,10 @@ add_module_names = False
 # What stands for their classes must bear `Class | None`, which Sphinx's stand-in does not.
 _MockObject.__or__ = _MockObject.__ror__ = lambda self, other: Any
 
-# Every type in a signature must be described here, or be of a package that is not, or be a part of distopt that users
-# do not name, or be imported for type checkers alone.
+# What stands where a type is expected must be one. Types of other packages are described there; those that distopt
+# has for itself, and those that are imported for type checkers alone, are not described.
 nitpicky = True
-nitpick_ignore_regex = [
-    ("py:.*", r"(abc|collections|enum|np|numpy|os|pathlib|queue|socket|threading|torch|types|typing)\..*"),
-    ("py:.*", r"(accelerate|deepspeed|flwr|lightning|transformers)\..*"),
-    ("py:.*", r"distopt\..*"),
-    ("py:class", "Console|DDPAlgorithm|Part|Scaler|Tensor"),
-]
+nitpick_ignore_regex = [("py:.*", r"\w+(\.\w+)+"), ("py:class", "Console|DDPAlgorithm|Part|Scaler|Tensor")]
 suppress_warnings = ["ref.python"]  # a name that two parts of distopt have, given as text in an alias of a type
 
 # Napoleon takes what stands before the first colon of a property's text for its type. Their texts are sentences, and
