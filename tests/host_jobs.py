@@ -6,7 +6,12 @@ A host takes seconds to import, and some change torch when they are: the process
 
 import contextlib
 import importlib
+import io
 import os
+import re
+import runpy
+import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -34,11 +39,43 @@ def here():
 def launched(rank, size):
     """The environment that torchrun gives a rank. The process group is there already, and hosts take it."""
     place = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "TORCHELASTIC_RUN_ID": "test",
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+        "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511,
     }  # fmt: skip
     with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
         yield
+
+
+def run_example(name, *arguments):
+    """Runs a file of examples/ as a rank that torchrun has started; what it printed."""
+    script = str(Path(__file__).parents[1] / "examples" / name)
+    if "accelerate" in sys.modules:
+        reset_accelerate()
+    with (
+        launched(*here()),
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        mock.patch.object(torch.distributed, "destroy_process_group"),  # it is the pool's
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
+
+
+def check_example(ranks, name, folder):
+    """It trains on two ranks and sends little."""
+    printed, _ = ranks(2)(run_example, name, "--epochs", "2", "--checkpoints", str(folder))
+    assert re.search(r"epoch 2: accuracy \d\d\.\d%", printed)
+    assert int(re.search(r"(\d+)x fewer bytes", printed)[1]) >= 20
+    assert list(folder.iterdir())
+
+
+def reset_accelerate():
+    """Accelerate keeps how it was set up in the process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 def build_model():

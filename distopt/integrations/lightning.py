@@ -41,7 +41,7 @@ class DistoptCallback(Callback):
         job: An algorithm, its mapping, or the path of a `distopt.toml`.
 
     Attributes:
-        attached: While training; its `stats()` may be logged.
+        attached: While training; None before and after.
 
     Raises:
         ConfigError: The job cannot be read, or a value in it breaks its rule.
@@ -60,6 +60,11 @@ class DistoptCallback(Callback):
         )
         self._loaded: Mapping[str, Any] | None = None
         self._failed = False
+        self._last_stats: dict[str, Any] = {}
+
+    def stats(self) -> dict[str, Any]:
+        """See `distopt.ddp.Attachment.stats`; after training, those of its end. Empty before."""
+        return self._last_stats if self.attached is None else self.attached.stats()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that do not replicate the model in `DistributedDataParallel`."""
@@ -93,6 +98,7 @@ class DistoptCallback(Callback):
         """Detaches. Collective. Only here: the last checkpoint is made after `on_train_end`."""
         attached, self.attached = self.attached, None
         if attached is not None:
+            self._last_stats = attached.stats()
             attached.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

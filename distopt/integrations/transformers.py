@@ -51,7 +51,7 @@ class DistoptCallback(TrainerCallback, ExportableState):
         resumes_from: The checkpoint that `train(resume_from_checkpoint=...)` is given, where it is not in `output_dir`.
 
     Attributes:
-        attached: While training; its `stats()` may be logged.
+        attached: While training; None before and after.
 
     Raises:
         ConfigError: The job cannot be read, or a value in it breaks its rule.
@@ -71,7 +71,12 @@ class DistoptCallback(TrainerCallback, ExportableState):
         )
         self._resumes_from = resumes_from
         self._run = ""
+        self._last_stats: dict[str, Any] = {}
         _check_arguments(trainer)
+
+    def stats(self) -> dict[str, Any]:
+        """See `distopt.ddp.Attachment.stats`; after training, those of its end. Empty before."""
+        return self._last_stats if self.attached is None else self.attached.stats()
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` holds of it: which run wrote the checkpoint."""
@@ -118,6 +123,7 @@ class DistoptCallback(TrainerCallback, ExportableState):
         """Detaches. Collective."""
         attached, self.attached = self.attached, None
         if attached is not None:
+            self._last_stats = attached.stats()
             attached.detach()
 
     def _resumed_folder(self, args: TrainingArguments, state: TrainerState) -> Path | None:

@@ -6,19 +6,17 @@ import functools
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 import distopt
 from distopt.integrations.accelerate import attach
-from host_jobs import DGC, STEPS, TOPK, WHOLE, build_model, digits, flat, here, launched
+from host_jobs import DGC, STEPS, TOPK, WHOLE, build_model, digits, flat, here, launched, reset_accelerate
 
 
 @contextlib.contextmanager
 def accelerated(rank, size, **options):
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     with launched(rank, size):
         yield Accelerator(cpu=True, **options)
 
@@ -158,8 +156,7 @@ def logged(job):
 
 def refused_alone():
     """One process, without a launcher."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     accelerator, model = Accelerator(cpu=True), build_model()
     prepared = accelerator.prepare(model, sgd(model))
     with pytest.raises(distopt.CompatibilityError, match="torchrun"):

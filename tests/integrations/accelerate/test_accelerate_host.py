@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from host_jobs import DGC, STEPS, TOPK, call
+from host_jobs import DGC, STEPS, TOPK, call, check_example
 
 pytestmark = [
     pytest.mark.job,
@@ -61,3 +61,7 @@ def test_the_log_of_a_job_is_written(ranks, tmp_path):
         steps = [json.loads(line)["step"] for line in (tmp_path / f"log/stats-{rank}.jsonl").read_text().splitlines()]
         assert steps == [1, 4, 8]
     assert (tmp_path / "log/report.txt").exists()
+
+
+def test_the_example_trains(ranks, tmp_path):
+    check_example(ranks, "accelerate_dgc.py", tmp_path / "kept")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from host_jobs import DGC, STEPS, TOPK, call
+from host_jobs import DGC, STEPS, TOPK, call, check_example
 
 pytestmark = [
     pytest.mark.job,
@@ -47,3 +47,7 @@ def test_a_checkpoint_carries_every_rank(ranks, tmp_path):
 def test_refusals_say_what_to_do(ranks):
     ranks(2)(call, "fabric_jobs:refusals")
     ranks(1)(call, "fabric_jobs:refused_alone")
+
+
+def test_the_example_trains(ranks, tmp_path):
+    check_example(ranks, "fabric_dgc.py", tmp_path / "kept")

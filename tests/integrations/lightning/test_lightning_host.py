@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from host_jobs import DGC, STEPS, TOPK, call
+from host_jobs import DGC, STEPS, TOPK, call, check_example
 
 pytestmark = [
     pytest.mark.job,
@@ -54,3 +54,7 @@ def test_a_plain_checkpoint_goes_on_compressed(ranks, tmp_path):
 def test_refusals_say_what_to_do(ranks, tmp_path):
     ranks(2)(call, "lightning_jobs:refusals", str(tmp_path))
     ranks(1)(call, "lightning_jobs:refused_alone")
+
+
+def test_the_example_trains(ranks, tmp_path):
+    check_example(ranks, "lightning_dgc.py", tmp_path / "kept")

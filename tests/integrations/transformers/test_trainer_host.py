@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from host_jobs import DGC, STEPS, TOPK, call
+from host_jobs import DGC, STEPS, TOPK, call, check_example
 
 pytestmark = [
     pytest.mark.job,
@@ -57,3 +57,7 @@ def test_a_plain_checkpoint_goes_on_compressed(ranks, tmp_path):
 def test_refusals_say_what_to_do(ranks, tmp_path):
     ranks(2)(call, "trainer_jobs:refusals", str(tmp_path))
     ranks(1)(call, "trainer_jobs:refused_alone", str(tmp_path))
+
+
+def test_the_example_trains(ranks, tmp_path):
+    check_example(ranks, "trainer_dgc.py", tmp_path / "kept")

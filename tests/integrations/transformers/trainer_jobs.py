@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import distopt
 from distopt.integrations.transformers import DistoptCallback
-from host_jobs import BATCH, DGC, STEPS, TOPK, WHOLE, build_model, digits, flat, here, launched
+from host_jobs import BATCH, DGC, STEPS, TOPK, WHOLE, build_model, digits, flat, here, launched, reset_accelerate
 
 
 def sgd(model, momentum=0.9, weight_decay=1e-4):
@@ -49,8 +48,7 @@ def examples(size):
 
 
 def trainer_for(size, make, folder, **options):
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     defaults = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 1,
         "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "max_grad_norm": 0.0, "logging_strategy": "no",
