@@ -22,9 +22,9 @@
 #     --unpinned       do not give each host a core of its own (which is done where there are enough cores)
 #
 # run returns the status of the first host that failed, or 0. It ends what it started, also on Ctrl-C, and when the
-# script itself is killed. A rank has OMP_NUM_THREADS threads (default: 1). Host i is the namespace distopt-NAME-i with address 10.88.0.i on eth0; nothing leaves these
-# namespaces, nothing is changed outside of them, and clusters do not see each other. To look inside:
-# `ip netns exec distopt-net-1 ip addr`. The hosts share the machine's files and cores.
+# script itself is killed. A rank has OMP_NUM_THREADS threads (default: 1). Host i is the namespace distopt-NAME-i with
+# address 10.88.0.i on eth0; nothing leaves these namespaces, nothing is changed outside of them, and clusters do not see
+# each other. To look inside: `ip netns exec distopt-net-1 ip addr`. The hosts share the machine's files and cores.
 set -euo pipefail
 
 PREFIX=distopt

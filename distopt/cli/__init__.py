@@ -1,4 +1,4 @@
-"""The `distopt` command: `distopt compare`, `distopt simulate`, `distopt link`, `distopt plan-code` and `distopt info`.
+"""The `distopt` command: `distopt job`, `distopt doctor`, `distopt compare`, `distopt link` and others; see --help.
 
 Nothing here is imported by the rest of the package, and nothing heavy is imported before a command runs, so that
 `import distopt` never needs typer or rich. They are the extra `cli`.

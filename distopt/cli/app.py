@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from distopt import observe, plotting
 from distopt.cli import compare as comparison
 from distopt.cli import (
     datasets,
+    doctor,
     info,
     machine,
     plan_code,
@@ -25,12 +26,14 @@ from distopt.cli import (
     simulate_report,
     topology_drawing,
 )
+from distopt.cli import describe_job as job_files
 from distopt.cli import link as links
 from distopt.cli import simulate as simulation
 from distopt.cli import topology as topologies
 from distopt.cli.progress import show_progress
 from distopt.comm import Link
-from distopt.errors import ConfigError, DistoptError
+from distopt.errors import ConfigError, DistoptError, PeerLostError
+from distopt.job import Job
 from distopt.version import __version__
 
 app = typer.Typer(
@@ -105,6 +108,7 @@ def show_info(
 
 @app.command()
 def compare(
+    context: typer.Context,
     model: Annotated[
         Model, Option(help="Model to train: a small convolutional net or a multi-layer perceptron.")
     ] = Model.cnn,
@@ -142,6 +146,14 @@ def compare(
     ] = None,
     values: Annotated[Values, Option(help="Type of the values on the wire.")] = Values.fp32,
     indices: Annotated[Indices, Option(help="Encoding of the indices on the wire.")] = Indices.int32,
+    config: Annotated[
+        Path | None,
+        Option(
+            help="A job's file (distopt.toml): its algorithm is one of the runs, and the others compress as it does. "
+            "In place of --density, --warmup-stage, --values and --indices; its other tables are not used.",
+            show_default=False,
+        ),
+    ] = None,
     deadline: Annotated[
         float, Option(min=1.0, help="Seconds after which all runs are stopped and count as failed.")
     ] = 600.0,
@@ -168,6 +180,7 @@ def compare(
         warmup_stage=warmup_stage,
         values=values,
         indices=indices,
+        config=_compared(config, context),
     )
     console = _console()
     # Both here first, so that what is missing is one clear error before any rank starts.
@@ -176,7 +189,7 @@ def compare(
     jobs = settings.jobs(loaded)
     num_steps = settings.steps_for(loaded)
     title = f"{loaded.name}, {model}, {ranks} ranks, {num_steps} steps of {ranks} x {batch} images"
-    console.print(f"{title}; density {density:g}", highlight=False)
+    console.print(f"{title}; {settings.compression}", highlight=False)
     with show_progress(console, list(jobs), num_steps) as show:
         results = comparison.run(jobs, out, deadline_s=deadline, show=show)
     content = {
@@ -381,6 +394,58 @@ def describe_topology(
         console.print(f"Picture: {draw}", highlight=False)
 
 
+@app.command(name="job")
+def describe_job(
+    config: Annotated[Path, Argument(help="File that describes the job: TOML, or JSON with the same keys.")] = Path(
+        "distopt.toml"
+    ),
+    init: Annotated[bool, Option("--init", help="Write a commented file to CONFIG and exit.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Say what a job's file means (algorithm, checkpoints, log), or what is wrong with it; or write one to begin with.
+
+    Exit status: 0 if the file is right, 1 if it is not.
+    """
+    if init:
+        _write_new(config, job_files.default_text(), "see what it means with: distopt job")
+        return
+    found = job_files.describe(config)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = _console()
+    console.print(job_files.table(found))
+    console.print(job_files.lines(found), highlight=False, soft_wrap=True)
+
+
+@app.command(name="doctor")
+def run_doctor(
+    deadline: Annotated[
+        float,
+        Option(min=5.0, help="Seconds until there is an answer, whoever is missing; ranks may take half to come."),
+    ] = 60.0,
+    as_json: Annotated[bool, Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Examine the hosts of a job: versions, addresses, who reaches whom, rates and latencies, clocks, memory, cores.
+
+    Start it as the job is started (torchrun ... -m distopt.cli doctor, or by mpirun); where hosts cannot even meet,
+    once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Exit status: 0 if nothing will break the
+    job, 1 with a problem, 2 if not every rank could be examined.
+    """
+    try:
+        found = doctor.examine(deadline)
+    except PeerLostError as error:
+        print(f"distopt: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json and "ranks" in found:
+        print(json.dumps(found))
+    elif "ranks" in found:
+        console = _console()
+        for part in doctor.show(found):
+            console.print(part, highlight=False, soft_wrap=True)
+    raise typer.Exit(doctor.status(found["findings"]))
+
+
 @app.command()
 def simulate(
     config: Annotated[
@@ -404,7 +469,10 @@ def simulate(
     torchrun ... -m distopt.cli simulate CONFIG the ranks share the clients.
     """
     if init:
-        _write_default(config)
+        if config is None:
+            print(simulate_config.default_text(), end="")
+        else:
+            _write_new(config, simulate_config.default_text(), "run it with: distopt simulate")
         return
     if config is None:
         raise ConfigError("CONFIG must be a TOML file, got none; distopt simulate --init job.toml writes a default")
@@ -431,15 +499,29 @@ def read_report(
     print(observe.report(observe.read_folder(folder)))
 
 
-def _write_default(path: Path | None) -> None:
-    text = simulate_config.default_text()
-    if path is None:
-        print(text, end="")
-        return
+def _compared(config: Path | None, context: typer.Context) -> dict[str, Any] | None:
+    """The algorithm of a job's file, which says alone what options say otherwise."""
+    if config is None:
+        return None
+    algorithm = Job.load(config).algorithm
+    given = [
+        "--" + name.replace("_", "-")
+        for name in ("density", "warmup_stage", "values", "indices")
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"{config} says how the runs compress, got {', '.join(given)} beside it; change it in the file, or leave "
+            "--config out"
+        )
+    return algorithm.to_dict()
+
+
+def _write_new(path: Path, text: str, then: str) -> None:
     if path.exists():
         raise ConfigError(f"{path} must not exist yet, or --init would replace it; give another name")
     path.write_text(text)
-    print(f"{path} is written; run it with: distopt simulate {path}")
+    print(f"{path} is written; {then} {path}")
 
 
 def _console() -> Console:

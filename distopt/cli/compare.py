@@ -4,15 +4,17 @@ All three go through the same hook, so their bytes and seconds are counted in th
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import distopt
 from distopt.cli.datasets import Dataset
 from distopt.cli.job import Event, Job, launch
+from distopt.errors import ConfigError
 
 DENSE, TOPK, DGC = "dense DDP", "top-k + error feedback", "DGC"
+_LABELS = {"dense": DENSE, "topk": TOPK, "dgc": DGC}
 _EVALUATIONS = 10
 
 
@@ -34,8 +36,14 @@ class Settings:
     warmup_stage: int | None = None  # steps of each of 4 stages; 0: no warm-up; None: 1% of all steps
     values: str = "fp32"
     indices: str = "int32"
+    config: dict[str, Any] | None = None  # an algorithm that takes the place of one; the others compress as it does
 
     def __post_init__(self) -> None:
+        if self.config is not None and self.config["algorithm"] not in ("topk", "dgc"):
+            raise ConfigError(
+                "distopt compare takes topk or dgc of DDP models from a file, beside dense, got algorithm "
+                f"{self.config['algorithm']!r}; leave --config out"
+            )
         for algorithm in self.algorithms(steps=100).values():
             distopt.from_config(algorithm)  # raises here what would otherwise be raised by every rank
 
@@ -47,7 +55,15 @@ class Settings:
         return max(1, epochs * (len(data.train_labels) // (self.ranks * self.batch)))
 
     def algorithms(self, steps: int) -> dict[str, dict[str, Any]]:
-        """The three configurations, by label; the two that compress differ in nothing but the algorithm."""
+        """The three configurations, by label; the two that compress differ in nothing but the algorithm.
+
+        That of a job's file is as it is there; the other one has what both know of it.
+        """
+        if self.config is not None:
+            return {
+                label: {key: value for key, value in self.config.items() if key in _keys(name)} | {"algorithm": name}
+                for name, label in _LABELS.items()
+            }
         stage = max(1, steps // 100) if self.warmup_stage is None else self.warmup_stage
         compression = {
             "density": self.density,
@@ -62,6 +78,12 @@ class Settings:
             DGC: {"algorithm": "dgc", **compression},
         }
 
+    @property
+    def compression(self) -> str:
+        """How the compressed runs compress, for people."""
+        density = self.density if self.config is None else self.config.get("density", self.density)
+        return f"density {density:g}" + ("" if self.config is None else f", as {self.config['algorithm']} in the file")
+
     def jobs(self, data: Dataset) -> dict[str, Job]:
         """The three runs, by label."""
         steps = self.steps_for(data)
@@ -75,6 +97,10 @@ class Settings:
             label: Job(algorithm=algorithm, steps=steps, evaluate_every=every, **shared)
             for label, algorithm in self.algorithms(steps).items()
         }
+
+
+def _keys(algorithm: str) -> set[str]:
+    return {field.name for field in fields(type(distopt.from_config({"algorithm": algorithm})))}  # type: ignore[arg-type]
 
 
 def run(jobs: dict[str, Job], out: Path, *, deadline_s: float, show: Callable[[Event], None]) -> list[dict[str, Any]]:

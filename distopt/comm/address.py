@@ -63,14 +63,24 @@ def own_address(towards: str | None) -> str:
         OSError: There is no such interface, or no way to that host.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if interface:
+        return interface_address(interface)
+    if towards is None:
+        return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        if interface:
-            request = struct.pack("256s", interface.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
-        if towards is None:
-            return "127.0.0.1"
         probe.connect((towards, 9))  # sends nothing: it asks for the way there
         return str(probe.getsockname()[0])
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of one of this machine's interfaces.
+
+    Raises:
+        OSError: There is no such interface, or it has none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("256s", name.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
 
 
 def is_loopback(host: str) -> bool:

@@ -50,7 +50,9 @@ def test_importing_distopt_imports_nothing_of_the_command_line(warm_python):
     assert ran.stdout.strip() == "set()", ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["compare"], ["link"], ["plan-code"], ["topology"], ["simulate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["compare"], ["link"], ["plan-code"], ["topology"], ["simulate"], ["doctor"], ["job"]]
+)
 def test_help_explains_every_option(command):
     ran = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [*command, "--help"])
     assert ran.exit_code == 0, ran.output

@@ -7,11 +7,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+import distopt
 from distopt.cli import job, report
+from distopt.cli.app import app
 from distopt.cli.compare import Settings, summary
 from distopt.cli.datasets import load
 from distopt.cli.job import JobError, launch, read_jobs, write_jobs
+from distopt.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,29 @@ def test_length_and_warmup_follow_the_data_unless_they_are_given(digits):
     assert Settings(epochs=2, steps=7).steps_for(digits) == 7
     assert Settings().algorithms(1000)["DGC"]["warmup"] == {"schedule": "paper", "stage": 10}
     assert Settings(warmup_stage=0).algorithms(1000)["DGC"]["warmup"] is None
+
+
+FILE = {"algorithm": "topk", "density": 0.02, "values": "bf16", "exchange": "balanced", "skip": ["*.bias"]}
+
+
+def test_of_a_jobs_file_one_run_is_its_own_and_the_others_compress_as_it_does():
+    config = distopt.from_config(FILE).to_dict()
+    dense, topk, dgc = Settings(config=config).algorithms(steps=100).values()
+    assert topk == config
+    assert distopt.from_config(dense) == distopt.Dense(peer_timeout=120.0)
+    expected = distopt.DGC(density=0.02, values="bf16", exchange="balanced", skip=("*.bias",))
+    assert distopt.from_config(dgc) == expected
+    with pytest.raises(ConfigError, match=r"takes topk or dgc of DDP models from a file, beside dense, got .*'gossip'"):
+        Settings(config={"algorithm": "gossip"})
+
+
+def test_a_file_and_options_that_say_the_same_thing_are_a_conflict(tmp_path):
+    path = tmp_path / "distopt.toml"
+    path.write_text('algorithm = "dgc"\ndensity = 0.01\n')
+    arguments = ["compare", "--data", "digits", "--config", str(path), "--density", "0.001", "--warmup-stage", "3"]
+    ran = CliRunner().invoke(app, arguments)
+    assert isinstance(ran.exception, ConfigError)
+    assert f"{path} says how the runs compress, got --density, --warmup-stage beside it" in str(ran.exception)
 
 
 def test_jobs_survive_their_file(digits, tmp_path):
@@ -75,6 +102,18 @@ TINY = ["--data", "digits", "--model", "mlp", "--steps", "12"]
 
 
 @pytest.mark.job
+@pytest.mark.job
+def test_compare_of_a_jobs_file(warm_python, tmp_path):
+    (tmp_path / "distopt.toml").write_text(json.dumps(FILE).replace('": ', '" = ')[1:-1].replace(', "', '\n"'))
+    arguments = ["compare", *TINY, "--config", tmp_path / "distopt.toml", "--out", tmp_path]
+    ran = warm_python.run("from distopt.cli import main; main()", *arguments)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "density 0.02, as topk in the file" in ran.stdout
+    _, topk, dgc = json.loads((tmp_path / "compare.json").read_text())["results"]
+    assert topk["algorithm"] == distopt.from_config(FILE).to_dict()
+    assert topk["ratio_last_step"] == pytest.approx(dgc["ratio_last_step"], rel=0.2)
+
+
 def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(warm_python, tmp_path):
     ran = warm_python.run("from distopt.cli import main; main()", "compare", *TINY, "--out", tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,0 +1,7 @@
+"""`distopt doctor`: what is wrong with the hosts of a job, asked from each of them before the job runs."""
+
+from distopt.cli.doctor.examination import examine
+from distopt.cli.doctor.findings import Finding, judge, status
+from distopt.cli.doctor.tables import show
+
+__all__ = ["Finding", "examine", "judge", "show", "status"]
