@@ -120,7 +120,7 @@ def check_config(config: Mapping[str, Any], *, overlap: bool) -> None:
             raise CompatibilityError(f"distopt cannot work with {'.'.join(path)}, got {value!r}; {remedy}")
     if stage == 1 and overlap:
         raise CompatibilityError(
-            "overlap needs ZeRO stage 0, got zero_optimization.stage 1, which reduces at the boundary; leave overlap out"
+            "overlap needs ZeRO stage 0, got zero_optimization.stage 1 (reduced at the boundary); leave overlap out"
         )
     autocast = config.get("torch_autocast")
     if isinstance(autocast, Mapping) and _on(autocast.get("enabled")):

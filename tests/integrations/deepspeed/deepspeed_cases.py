@@ -299,3 +299,17 @@ def held_back_after_load(block, folder):
     held = held_back(engine)
     train(engine, 3, 5)
     return {"held": held, "weights": weights(engine)}
+
+
+def without_deepspeeds_reduction(config):
+    """Trains although every reduction of DeepSpeed's own raises."""
+
+    def reduce(*args, **kwargs):
+        raise AssertionError("DeepSpeed reduces gradients too")
+
+    engine = make_engine(config)
+    engine.allreduce_no_retain = reduce
+    if engine.zero_optimization_stage():
+        engine.optimizer.allreduce_no_retain = reduce
+    train(engine, 0, 2)
+    return engine.distopt.stats()["steps"]

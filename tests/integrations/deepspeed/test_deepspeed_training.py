@@ -1,5 +1,8 @@
 """Real DeepSpeed on two ranks: with nothing left out it trains as without us, and the ranks always agree."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("deepspeed")
@@ -10,6 +13,7 @@ from rank_pool import RankPool
 
 pytestmark = pytest.mark.job
 
+CONFIGS = sorted((Path(__file__).parents[3] / "launch" / "deepspeed").glob("*.json"))
 WHOLE = {"algorithm": "dgc", "density": 1.0}
 SPARSE = {"algorithm": "dgc", "density": 0.01, "exchange": "allgather"}
 
@@ -67,6 +71,14 @@ def test_ranks_stay_identical_at_density_001_with_zero_1(pool):
     assert cases.same([first], [second])
     assert not cases.same([first], [pool(cases.run, config, steps=8)[0][0]])
     assert stats["bytes_sent"] < stats["bytes_dense"] / 8
+
+
+@pytest.mark.parametrize("more", [{}, {"overlap": True}, ZERO_1], ids=["seam", "overlap", "zero"])
+def test_deepspeed_reduces_no_gradients_itself(pool, more):
+    block = {"algorithm": "topk", "density": 0.5}
+    zero = more if more is ZERO_1 else {}
+    config = cases.ds_config(**zero, distopt=block if zero else {**block, **more})
+    assert pool(cases.without_deepspeeds_reduction, config) == [2, 2]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -133,6 +145,15 @@ def test_the_log_and_every_nth_checkpoint_are_written(pool, tmp_path):
         "stats-0.jsonl",
         "stats-1.jsonl",
     ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_ds_config_of_ours_trains(pool, path, tmp_path):
+    config = json.loads(path.read_text())
+    config["distopt"].pop("log", None)  # its folder is for the example
+    (first, stats), (second, _) = pool(cases.run, config, steps=4)
+    assert stats["steps"] == 4
+    assert cases.same([first], [second])
 
 
 def test_a_ds_config_in_a_file_with_a_job_in_a_file(pool, tmp_path):
