@@ -64,6 +64,20 @@ CONTEXTS = {
         first=_MODEL + _ANEW + "loader, step = range(10), 1",
         smaller={"\ndistopt.checkpoint.load(": "\ndist.barrier()\ndistopt.checkpoint.load("},  # here it follows at once
     ),
+    "docs/jobs.md": Context(
+        first=_MODEL
+        + _ANEW
+        + """
+from pathlib import Path
+Path("distopt.toml").write_text('algorithm = "dgc"\\n[checkpoint]\\n[log]\\n')
+model = DistributedDataParallel(model)
+scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+def batch(step):
+    return images[:4], labels[:4]
+""",
+        smaller={"run.steps(10_000)": "run.steps(3)"},
+    ),
     "docs/links.md": Context(first="import distopt"),
     "docs/coding.md": Context(
         first=_MODEL + _ANEW + _SECOND,

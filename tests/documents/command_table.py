@@ -39,6 +39,7 @@ class Run:
 FILES = {"graph.txt": "0 1\n1 2\n2 0\n"}
 
 
+DOCTOR = "tests/cli/doctor/test_doctor_jobs.py::"
 FLOWER_APP = "tests/integrations/flower/test_flower_app.py::"
 NETNS = "tests/launch/test_netns_cluster.py::"
 SIMULATE = "tests/cli/test_simulate_command.py::"
@@ -94,6 +95,14 @@ TABLE = {
     r"\.venv/bin/distopt compare": By(
         "tests/cli/test_compare.py::test_compare_trains_three_ways_and_leaves_table_plot_and_figures"
     ),
+    r"distopt job --init distopt.toml": Run(),
+    r"distopt job distopt.toml": Run(),
+    # the doctor
+    r"RANKS=2 launch/torchrun_local.sh -m distopt.cli doctor": By(DOCTOR + "test_under_torchrun"),
+    r"launch/netns_cluster.sh once 3 .* -m distopt.cli doctor": By(
+        DOCTOR + "test_hosts_with_a_cut_a_slow_link_another_version_and_another_time"
+    ),
+    r"RANK=0 WORLD_SIZE=2 .* distopt doctor": By(DOCTOR + "test_two_sound_ranks"),
     # hosts on one machine
     r"launch/netns_cluster.sh (up|run) .*": By(NETNS + "test_two_hosts_train_with_dgc"),
     r"launch/netns_cluster.sh link .*": By(NETNS + "test_a_link_goes_down_and_up"),

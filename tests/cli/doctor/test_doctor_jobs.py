@@ -10,7 +10,7 @@ import pytest
 import mpirun
 from example_ranks import free_port
 from mpirun import needs_mpi
-from netns import NAME, REAL, cluster, needs_namespaces
+from netns import NAME, REAL, SCRIPT, cluster, needs_namespaces
 
 CODE = "from distopt.cli import main; main()"
 DEADLINE_S = 240
@@ -64,6 +64,19 @@ def test_a_rank_that_never_comes_and_a_master_that_is_not_there(warm_python):
     assert codes == [2]
     assert "cannot meet the others at 127.0.0.1:" in error
     assert "nothing listens there: rank 0 has not started" in error
+
+
+@pytest.mark.job
+def test_under_torchrun():
+    environment = {**os.environ, **REAL, "RANKS": "2", "OMP_NUM_THREADS": "1"}
+    starter = SCRIPT.with_name("torchrun_local.sh")
+    ran = subprocess.run(
+        ["bash", starter, "-m", "distopt.cli", "doctor", "--deadline", "200"],
+        env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("Links") == 1  # one rank speaks
+    assert "rank 0 (" in ran.stdout
 
 
 @needs_mpi
