@@ -15,7 +15,9 @@ PAGES = sorted({block.page for block in BLOCKS if block.language in PYTHON})
 
 
 def code_of(page):
-    return [block.code for block in BLOCKS if block.page == page and block.language in PYTHON]
+    """Its blocks, each behind as many empty lines as stand before it: a traceback then names the line of the page."""
+    found = [block for block in BLOCKS if block.page == page and block.language in PYTHON]
+    return ["\n" * block.line + block.code for block in found]
 
 
 def test_every_page_with_code_says_what_it_needs_to_run():
