@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A test of its own runs the page."""
+    """Tests of its own run the page, or the programs that it shows lines of."""
 
-    test: str
+    tests: tuple[str, ...]
+
+    def __init__(self, *tests: str) -> None:
+        object.__setattr__(self, "tests", tests)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ def batch(step):
             "coded.steps(1000)": "coded.steps(3)",
             "n=256, burst=1, window=2, stragglers=27": "n=2, burst=1, window=2, stragglers=1",
         },
+    ),
+    "docs/frameworks.md": Elsewhere(
+        "tests/integrations/accelerate/test_accelerate_host.py::test_the_example_trains",
+        "tests/integrations/lightning/test_lightning_host.py::test_the_example_trains",
+        "tests/integrations/lightning/test_fabric_host.py::test_the_example_trains",
+        "tests/integrations/transformers/test_trainer_host.py::test_the_example_trains",
+    ),
+    "docs/deepspeed.md": Elsewhere(
+        "tests/examples/test_deepspeed_dgc.py::test_deepspeeds_launcher_starts_it_and_torchrun_goes_on",
+        "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
     ),
     "docs/gossip.md": Elsewhere(_GOSSIP + "test_the_code_of_the_entry_page_runs_on_ranks"),
     "docs/gossip/algorithms.md": Elsewhere(_GOSSIP + "test_the_code_of_the_other_pages_runs"),

@@ -81,6 +81,14 @@ TABLE = {
     r"torchrun .* examples/federated_torchrun.py": By(
         "tests/examples/test_federated_torchrun_example.py::test_torchrun"
     ),
+    r"torchrun .* examples/lightning_dgc.py": By(
+        "tests/integrations/lightning/test_lightning_host.py::test_the_example_trains"
+    ),
+    r"RANKS=2 launch/(deepspeed|torchrun_local).sh examples/deepspeed_dgc.py --deepspeed_config .*": By(
+        "tests/examples/test_deepspeed_dgc.py::test_deepspeeds_launcher_starts_it_and_torchrun_goes_on",
+        "tests/examples/test_deepspeed_dgc.py::test_the_starter_prints_its_command_and_checks_its_settings",
+        "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
+    ),
     # the command line
     r"distopt info": Run(),
     r"distopt compare --help": Run(),
@@ -126,7 +134,7 @@ TABLE = {
     r"flower-supernode --root-.*": _SECURE,
     # benchmarks
     r"(sudo )?(\.venv/bin/)?python benchmarks/link.py .*": _LINK,
-    r"(\.venv/bin/)?(python|torchrun .*) benchmarks/\w+\.py( .*)?": Options("measures, for minutes to hours"),
+    r"(sudo )?(\.venv/bin/)?(python|torchrun .*) benchmarks/\w+\.py( .*)?": Options("measures, for minutes to hours"),
     # developers
     r"\.venv/bin/pre-commit install": Not("changes the hooks of the clone; CI runs the same by `make lint types`"),
 }
