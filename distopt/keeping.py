@@ -162,11 +162,13 @@ class OfGossip(Keeper):
 
     def _everybody_is_here(self) -> None:
         """Waits for those that take part now: all of them measure how far they are apart."""
-        while True:
+        for others in reversed(range(self._attachment.place[1])):
             try:
                 self._attachment.consensus_distance()
             except PeerLostError:
-                continue  # somebody has gone meanwhile; the others are asked again
+                if not others:
+                    raise
+                continue  # somebody has gone meanwhile; those that are left are asked again
             return
 
 

@@ -65,7 +65,12 @@ model = nn.Sequential(
 )
 momentum = 0.0 if options.mixing in ("quasi-global-momentum", "gradient-tracking") else 0.9  # which have their own
 optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=momentum, weight_decay=1e-4)
-attached = gossip.attach(model, optimizer)  # <- distopt
+job = distopt.Job(algorithm=gossip)
+if options.checkpoints is not None:
+    kept = distopt.job.CheckpointSettings(folder=str(options.checkpoints), every=options.look_every)
+    job = distopt.Job(algorithm=gossip, checkpoint=kept)
+run = job.attach(model, optimizer)  # <- distopt; goes on from the newest checkpoint
+attached = run.attachment
 
 
 def accuracy():
@@ -80,31 +85,9 @@ def distance():
         return math.nan
 
 
-def save(step):
-    """Models differ by rank, so every rank saves its own, under its place among those that are left."""
-    here, (place, _) = options.checkpoints / f"step-{step}", attached.place
-    distopt.checkpoint.save(attached, here)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, here / f"model-{place}.pt")
-    distance()  # all that are left take part in it: the checkpoint is complete
-    if place == 0:
-        (options.checkpoints / "latest").write_text(str(step))
-
-
-def resume():
-    if options.checkpoints is None or not (options.checkpoints / "latest").exists():
-        return 0
-    step = int((options.checkpoints / "latest").read_text())
-    here = options.checkpoints / f"step-{step}"
-    state = torch.load(here / f"model-{attached.place[0]}.pt")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    distopt.checkpoint.load(attached, here)
-    return step
-
-
 with contextlib.ExitStack() as stack:
     board = None if options.logdir is None else stack.enter_context(TensorBoard(options.logdir / f"rank-{rank}"))
-    for step in range(resume(), options.steps):
+    for step in run.steps(options.steps):
         images, labels = batches.of(rank, step)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -114,13 +97,11 @@ with contextlib.ExitStack() as stack:
             away, found = distance(), accuracy()
             if board is not None:
                 board.record(attached, accuracy=found, loss=loss.item())
-            if options.checkpoints is not None:
-                save(step + 1)
             if rank == 0:
                 print(f"step {step + 1}: accuracy {found:.1%}, consensus distance {away:.3g}", flush=True)
 
 stats = attached.stats()
-attached.detach()
+run.close()
 bits = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().tobytes()
 print(
     f"rank {rank}: test accuracy {accuracy():.2%} after {options.steps} steps, {stats['exchanges']} exchanges, "

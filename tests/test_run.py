@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+from distopt.checkpoint_folder import CheckpointFolder, Mark
 from distopt.errors import CompatibilityError, ConfigError, DistoptError, StateMismatchError
+from distopt.keeping import keeper_for
 
 DGC = {"algorithm": "dgc", "density": 0.1, "exchange": "allgather"}
 GOSSIP = {"algorithm": "gossip", "topology": "ring", "correction": "off"}
@@ -118,11 +120,6 @@ def test_a_checkpoint_of_another_model_or_damaged_is_refused_on_every_rank(ranks
         assert (made, since) == ([8, 9, 10, 11], "step-8")
 
 
-@pytest.fixture
-def _short_patience(monkeypatch):
-    monkeypatch.setattr("distopt.keeping._APPEARS_S", 0.1)
-
-
 def on_folders_of_their_own(folder):
     import distopt.keeping
 
@@ -203,6 +200,37 @@ def test_coded_training_goes_on_to_the_same_bits(ranks, tmp_path):
     assert [since for since, _ in resumed] == ["step-4"] * 3
     assert torch.allclose(resumed[0][1], whole[0][1], rtol=1e-12)
     assert torch.equal(resumed[1][1], resumed[0][1])
+
+
+class Leaving:
+    """A rank of three under gossip, of which one goes at the given call of `consensus_distance`."""
+
+    family, step, process_group = "gossip", 7, None
+    algorithm = distopt.Gossip()
+
+    def __init__(self, at):
+        self.place, self.calls, self._at = (0, 3), 0, at
+
+    def consensus_distance(self):
+        self.calls += 1
+        if self.calls == self._at:
+            self.place = (0, 2)
+            raise distopt.PeerLostError("gone", (2,))
+        return 0.0
+
+    def state_dict(self):
+        return {"step": 7}
+
+
+@pytest.mark.parametrize(("at", "kept"), [(9, ["step-7"]), (1, ["step-7"]), (2, ["step-7.unfinished"])])
+def test_a_checkpoint_during_which_a_rank_goes_does_not_count(tmp_path, caplog, at, kept):
+    leaving = Leaving(at)
+    keeper = keeper_for(CheckpointFolder(tmp_path / "checkpoints", keep=2), leaving, {"model": nn.Linear(1, 1)})
+    with caplog.at_level("WARNING", "distopt"):
+        keeper.save(Mark("step", 7))
+    assert names(tmp_path) == kept
+    assert leaving.calls == (2 if at == 9 else 3)  # whoever is left is asked again
+    assert ("step-7 is left out" in caplog.text) == (at == 2)
 
 
 def attached(table, **options):

@@ -433,7 +433,8 @@ def run_doctor(
     job, 1 with a problem, 2 if not every rank could be examined.
     """
     try:
-        found = doctor.examine(deadline)
+        with doctor.ends_by(deadline, status=2):
+            found = doctor.examine(deadline)
     except PeerLostError as error:
         print(f"distopt: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -3,5 +3,6 @@
 from distopt.cli.doctor.examination import examine
 from distopt.cli.doctor.findings import Finding, judge, status
 from distopt.cli.doctor.tables import show
+from distopt.cli.doctor.watch import ends_by
 
-__all__ = ["Finding", "examine", "judge", "show", "status"]
+__all__ = ["Finding", "ends_by", "examine", "judge", "show", "status"]

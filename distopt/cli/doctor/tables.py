@@ -38,7 +38,7 @@ def _hosts(ranks: dict[int, dict[str, Any]]) -> Table:
             versions["torch"],
             versions["python"],
             facts["kernels"],
-            facts["gloo_address"] or "none",
+            _address(facts),
             f"{facts['cores']:g}",
             f"{facts['memory_free_bytes'] / 2**30:.1f} GiB",
         )
@@ -66,6 +66,13 @@ def _links(found: dict[str, Any]) -> Table:
             continue  # the other direction has the figures
         made.add_row(name(pair["from"], found["ranks"]), name(pair["to"], found["ranks"]), *row)
     return made
+
+
+def _address(facts: dict[str, Any]) -> str:
+    """The address that gloo gives out, with the interface that has it."""
+    address = facts["gloo_address"]
+    names = [each["name"] for each in facts["interfaces"] if address is not None and each["address"] == address]
+    return f"{address} ({names[0]})" if names else address or "none"
 
 
 def _ranks(members: list[int]) -> str:

@@ -29,10 +29,15 @@ def found_by(ranks):
     return codes, json.loads(said) if said else None, [errors for _, errors in outputs]
 
 
-def start(warm_python, rank, size, port, deadline=200):
+# A process that is stopped when it should measure: its host still takes connections.
+STOPS = "import os, signal; from distopt.cli.doctor import examination; "
+STOPS += "examination.measurers = lambda facts: os.kill(os.getpid(), signal.SIGSTOP); "
+
+
+def start(warm_python, rank, size, port, deadline=200, code=CODE):
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = ["doctor", "--json", "--deadline", deadline]
-    return warm_python.start(CODE, *arguments, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **place)
+    return warm_python.start(code, *arguments, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **place)
 
 
 def severe(found):
@@ -53,10 +58,12 @@ def test_two_sound_ranks(warm_python):
 
 
 @pytest.mark.job
-def test_a_rank_that_never_comes_and_a_master_that_is_not_there(warm_python):
-    port = free_port()
+def test_there_is_an_answer_whoever_does_not_come_or_stops(warm_python):
+    port, stopped, other = free_port(), free_port(), free_port()
     alone = start(warm_python, 1, 2, free_port(), deadline=5)
-    codes, found, errors = found_by([start(warm_python, rank, 4, port, deadline=20) for rank in (0, 2)])
+    first_stops = [start(warm_python, rank, 2, stopped, 24, [STOPS, ""][rank] + CODE) for rank in (0, 1)]
+    second_stops = [start(warm_python, rank, 2, other, 24, ["", STOPS][rank] + CODE) for rank in (0, 1)]
+    codes, found, errors = found_by([start(warm_python, rank, 4, port, deadline=24) for rank in (0, 2)])
     assert codes == [2, 2], errors
     assert found["missing"] == [1, 3]
     assert [each["said"] for each in severe(found)] == ["rank 1, 3 of 4 did not come"]
@@ -64,6 +71,17 @@ def test_a_rank_that_never_comes_and_a_master_that_is_not_there(warm_python):
     assert codes == [2]
     assert "cannot meet the others at 127.0.0.1:" in error
     assert "nothing listens there: rank 0 has not started" in error
+    try:
+        codes, found, _ = found_by(second_stops[:1])
+        assert codes == [2]
+        assert found["silent"] == [1]
+        codes, _, (error,) = found_by(first_stops[1:])
+        assert codes == [2]
+        assert "rank 0" in error
+    finally:
+        for rank in (first_stops[0], second_stops[1]):
+            rank.kill()
+            rank.wait()
 
 
 @pytest.mark.job
