@@ -26,6 +26,9 @@ def adapters():
     )
 
 
+pytestmark = pytest.mark.timeout(900)  # Sphinx on a busy machine
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The inventory: what is described where."""
@@ -35,7 +38,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     # a process of its own: what stands for the hosts must not stay in this one
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-E", "-b", "html", SOURCE, folder]
-    done = subprocess.run(sphinx, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(sphinx, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr
     found = InventoryFile.loads((folder / "objects.inv").read_bytes(), uri="").data
     return {name for kind, names in found.items() if kind.startswith("py:") for name in names}

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import Environment, closure, link, run
+from environments import Environment, run
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ attached.detach()
 torch.distributed.destroy_process_group()
 """
 
-pytestmark = pytest.mark.job
+pytestmark = [pytest.mark.job, pytest.mark.timeout(900)]  # builds on a busy machine
 
 
 def of_the_clone(*folders):
@@ -78,14 +78,6 @@ def wheel(source, tmp_path_factory):
     run(sys.executable, "-m", "pip", "wheel", *BUILD, "-w", made, source, DISTOPT_REQUIRE_NATIVE="1")
     (path,) = made.iterdir()
     return path
-
-
-@pytest.fixture(scope="module")
-def linked(tmp_path_factory):
-    """Torch and numpy with what they need; beside them no environment of this module has anything."""
-    folder = tmp_path_factory.mktemp("linked") / "packages"
-    link(closure("torch", "numpy"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from environments import Environment, closure, link, run
+from environments import Environment, run
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,13 +40,6 @@ def wheel(tmp_path_factory):
     run(*pip, "-w", made, copy, DISTOPT_NO_NATIVE="1")
     (path,) = made.iterdir()
     return path
-
-
-@pytest.fixture(scope="module")
-def linked(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("linked") / "packages"
-    link(closure("torch", "numpy"), folder)
-    return folder
 
 
 def test_every_extra_is_tried():
