@@ -81,6 +81,9 @@ def batch(step):
 """,
         smaller={"run.steps(10_000)": "run.steps(3)"},
     ),
+    "docs/deepspeed.md": Elsewhere(
+        "tests/integrations/deepspeed/test_deepspeed_training.py::test_the_change_that_the_page_shows_trains"
+    ),
     "docs/links.md": Context(first="import distopt"),
     "docs/coding.md": Context(
         first=_MODEL + _ANEW + _SECOND,

@@ -1,6 +1,7 @@
 """A DeepSpeed engine as a host: its own average replaced, at ZeRO stage 0 or 1, or DistributedDataParallel inside."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,10 +135,7 @@ class OverlapHost(Host):
         module = engine.module
         if not isinstance(module, DistributedDataParallel):
             self._bare = module
-            # DeepSpeed does not send buffers either
-            module = DistributedDataParallel(
-                module, process_group=_group_of(engine), broadcast_buffers=False, bucket_cap_mb=bucket_cap_mb
-            )
+            module = _wrapped(module, _group_of(engine), bucket_cap_mb)
         self._ddp: DistributedDataParallel | None = module
         self._inner = DDPHost(module)
         self._masters = master_weights(engine)
@@ -231,6 +229,15 @@ def master_weights(engine: Any) -> dict[int, list[Tensor]]:
         f"distopt does not know which parameters DeepSpeed's {type(wrapper).__name__} steps; use fp32, bf16 or "
         "torch_autocast, with gradients accumulated in the same dtype"
     )
+
+
+def _wrapped(module: nn.Module, group: dist.ProcessGroup, bucket_cap_mb: float) -> DistributedDataParallel:
+    """DDP that leaves buffers alone, as DeepSpeed does."""
+    with warnings.catch_warnings():  # torch 2.13 has another name for it, which older ones do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module, process_group=group, broadcast_buffers=False, bucket_cap_mb=bucket_cap_mb
+        )
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

@@ -313,3 +313,20 @@ def without_deepspeeds_reduction(config):
         engine.optimizer.allreduce_no_retain = reduce
     train(engine, 0, 2)
     return engine.distopt.stats()["steps"]
+
+
+def as_the_page_shows(script, config, folder):
+    """Runs the script of docs/deepspeed.md with its ds_config, whose Adam is torch's here."""
+    import json
+
+    prepare()
+    given = json.loads(config)
+    given["optimizer"]["params"]["torch_adam"] = True
+    path = f"{folder}/ds-{dist.get_rank()}.json"
+    with open(path, "w") as file:
+        json.dump({**given, "train_micro_batch_size_per_gpu": MICRO_BATCH}, file)
+    model = make_model()
+    names = {"model": model, "params": list(model.parameters())}
+    exec(script.replace('"ds.json"', repr(path)), names)
+    train(names["engine"], 0, 2)
+    return names["engine"].distopt.stats()["algorithm"]

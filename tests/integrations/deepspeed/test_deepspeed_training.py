@@ -13,7 +13,8 @@ from rank_pool import RankPool
 
 pytestmark = pytest.mark.job
 
-CONFIGS = sorted((Path(__file__).parents[3] / "launch" / "deepspeed").glob("*.json"))
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "launch" / "deepspeed").glob("*.json"))
 WHOLE = {"algorithm": "dgc", "density": 1.0}
 SPARSE = {"algorithm": "dgc", "density": 0.01, "exchange": "allgather"}
 
@@ -154,6 +155,13 @@ def test_a_ds_config_of_ours_trains(pool, path, tmp_path):
     (first, stats), (second, _) = pool(cases.run, config, steps=4)
     assert stats["steps"] == 4
     assert cases.same([first], [second])
+
+
+def test_the_change_that_the_page_shows_trains(pool, tmp_path):
+    page = (ROOT / "docs" / "deepspeed.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```diff\n")[1:3]]
+    script, config = ("\n".join(line[2:] for line in block.splitlines() if line[:1] != "-") for block in blocks)
+    assert pool(cases.as_the_page_shows, script, config, str(tmp_path)) == ["topk", "topk"]
 
 
 def test_a_ds_config_in_a_file_with_a_job_in_a_file(pool, tmp_path):
