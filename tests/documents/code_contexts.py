@@ -81,9 +81,6 @@ def batch(step):
 """,
         smaller={"run.steps(10_000)": "run.steps(3)"},
     ),
-    "docs/deepspeed.md": Elsewhere(
-        "tests/integrations/deepspeed/test_deepspeed_training.py::test_the_change_that_the_page_shows_trains"
-    ),
     "docs/links.md": Context(first="import distopt"),
     "docs/coding.md": Context(
         first=_MODEL + _ANEW + _SECOND,
@@ -100,7 +97,7 @@ def batch(step):
     ),
     "docs/deepspeed.md": Elsewhere(
         "tests/examples/test_deepspeed_dgc.py::test_deepspeeds_launcher_starts_it_and_torchrun_goes_on",
-        "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
+        "tests/integrations/deepspeed/test_deepspeed_training.py::test_the_change_that_the_page_shows_trains",
     ),
     "docs/gossip.md": Elsewhere(_GOSSIP + "test_the_code_of_the_entry_page_runs_on_ranks"),
     "docs/gossip/algorithms.md": Elsewhere(_GOSSIP + "test_the_code_of_the_other_pages_runs"),

@@ -57,10 +57,6 @@ TABLE = {
     r"torchrun .* examples/ddp_dgc.py": By(
         "tests/examples/test_ddp_dgc.py::test_a_killed_worker_is_restarted_and_the_run_ends_bit_identical"
     ),
-    r"RANKS=2 launch/(deepspeed|torchrun_local).sh examples/deepspeed_dgc.py .*": By(
-        "tests/examples/test_deepspeed_dgc.py::test_deepspeeds_launcher_starts_it_and_torchrun_goes_on",
-        "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
-    ),
     r"torchrun .* examples/lm_dgc.py": By(
         "tests/examples/test_lm_dgc.py::test_it_learns_dense_and_with_a_thousandth_of_the_gradient"
     ),

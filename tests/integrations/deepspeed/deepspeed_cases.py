@@ -308,9 +308,9 @@ def without_deepspeeds_reduction(config):
         raise AssertionError("DeepSpeed reduces gradients too")
 
     engine = make_engine(config)
-    engine.allreduce_no_retain = reduce
+    engine.allreduce_bucket = reduce
     if engine.zero_optimization_stage():
-        engine.optimizer.allreduce_no_retain = reduce
+        engine.optimizer.allreduce_bucket = reduce
     train(engine, 0, 2)
     return engine.distopt.stats()["steps"]
 
