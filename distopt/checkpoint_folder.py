@@ -138,7 +138,10 @@ def save_parts(parts: Mapping[str, Any], place: Path, stem: str) -> None:
     """Writes states, by name, to a file whose name begins with `stem` and says its digest."""
     temporary = place / f"{stem}.tmp"
     torch.save(parts, temporary)
-    temporary.rename(place / f"{stem}-{_digest(temporary)}.pt")
+    path = temporary.rename(place / f"{stem}-{_digest(temporary)}.pt")
+    for old in place.glob(f"{stem}-*.pt"):  # of a run that ended before it was complete
+        if old != path:
+            old.unlink()
 
 
 def load_parts(place: Path, stem: str) -> dict[str, Any]:

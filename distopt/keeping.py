@@ -11,6 +11,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ import torch.distributed as dist
 from distopt import checkpoint
 from distopt.checkpoint_folder import CheckpointFolder, Mark, Part, load_parts, save_parts
 from distopt.comm import gather_json, raise_together
-from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
+from distopt.errors import (
+    CompatibilityError,
+    ConfigError,
+    DistoptError,
+    PeerLostError,
+    StateMismatchError,
+    in_a_line,
+)
 
 _log = logging.getLogger("distopt")
 _CPU = torch.device("cpu")
@@ -76,8 +84,11 @@ class Keeper(ABC):
         """What is wrong where a file cannot be written, for the others to hear."""
         try:
             write()
-        except OSError as error:
-            return StateMismatchError(f"{mark} cannot be written to {self._folder.path} ({error.strerror}); make room")
+        except DistoptError as error:
+            return error
+        except (OSError, RuntimeError) as error:  # torch's own of a full disk is the second
+            why = getattr(error, "strerror", None) or in_a_line(error)
+            return StateMismatchError(f"{mark} cannot be written to {self._folder.path} ({why}); make room there")
         return None
 
 
@@ -132,12 +143,19 @@ class OfGossip(Keeper):
 
         problem = self._write(mark, write)
         self._everybody_is_here()
-        if problem is not None:
+        if problem is not None and not isinstance(problem, PeerLostError):
             raise problem
         if self._attachment.place != (place, num_ranks):
             _log.warning("%s is left out: ranks have come or gone while it was written", mark)
+        elif place == 0 and not _appear(lambda: len(self._files(mark, num_ranks)) == 2 * num_ranks):
+            _log.warning("%s is left out: not every rank has written its files", mark)
         elif place == 0:
             self._folder.complete(mark, self._facts(num_ranks))
+
+    def _files(self, mark: Mark, num_ranks: int) -> list[Path]:
+        """Two of each rank: its parts, and what says that its attachment's state is whole."""
+        begun = self._folder.begin(mark)
+        return [*begun.glob(f"rank-*-of-{num_ranks:05d}-*.pt"), *begun.glob(f"distopt-*-of-{num_ranks:05d}.json")]
 
     def resume(self) -> Mark | None:
         """See `Keeper.resume`; as many ranks as have saved it."""
@@ -189,6 +207,8 @@ class OfMaster(Keeper):
 
     def resume(self) -> Mark | None:
         """See `Keeper.resume`; no rank hears of the others', so that the folder must be one."""
+        if self._attachment.rank == 0:
+            self._folder.clear()
         mark = self._folder.newest()
         if mark is not None:
             states = load_parts(self._folder.place_of(mark), _SHARED)
@@ -243,15 +263,21 @@ def agreed_newest(folder: CheckpointFolder, group: dist.ProcessGroup, device: to
     raise_together(problem, group, device, what="cannot keep checkpoints")
     name, found = gather_json([probe.name, None if mark is None else str(mark)], group, device)[0]
     probe = probe.with_name(name)
-    end = time.monotonic() + _APPEARS_S
-    while not (seen := probe.exists()) and time.monotonic() < end:
-        time.sleep(0.1)
+    seen = _appear(probe.exists)
     try:
         raise_together(None if seen else _not_shared(folder), group, device, what="cannot keep checkpoints")
     finally:
         if group.rank() == 0:
             probe.unlink(missing_ok=True)
     return Mark.parse(found or "")
+
+
+def _appear(there: Callable[[], bool]) -> bool:
+    """Whether it is there, at once or a little later."""
+    end = time.monotonic() + _APPEARS_S
+    while not (seen := there()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return seen
 
 
 def _not_shared(folder: CheckpointFolder) -> ConfigError:

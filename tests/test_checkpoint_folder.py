@@ -81,6 +81,12 @@ def test_parts_come_back_and_a_flipped_byte_is_noticed(tmp_path):
         load_parts(tmp_path, "shared")
 
 
+def test_parts_that_are_written_again_replace_the_old_ones(tmp_path):
+    save_parts({"model": 1}, tmp_path, "rank-00000-of-00001")
+    save_parts({"model": 2}, tmp_path, "rank-00000-of-00001")
+    assert load_parts(tmp_path, "rank-00000-of-00001") == {"model": 2}
+
+
 class OfTheUser:
     """Loading it would run code."""
 

@@ -135,11 +135,11 @@ def test_a_folder_that_is_not_shared_is_noticed_before_the_first_step(ranks, tmp
     assert names(tmp_path) == []
 
 
-def on_a_full_disk(folder):
+def on_a_full_disk(folder, error):
     from distopt import checkpoint_folder
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     saved = checkpoint_folder.torch.save
     checkpoint_folder.torch.save = full if dist.get_rank() == 0 else saved
@@ -149,10 +149,14 @@ def on_a_full_disk(folder):
         checkpoint_folder.torch.save = saved
 
 
-def test_a_rank_that_cannot_write_ends_all_and_nothing_counts(ranks, tmp_path):
-    first, second = ranks(2)(on_a_full_disk, tmp_path)
+FULL = (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file"))
+
+
+@pytest.mark.parametrize("error", FULL, ids=["system", "torch"])
+def test_a_rank_that_cannot_write_ends_all_and_nothing_counts(ranks, tmp_path, error):
+    first, second = ranks(2)(on_a_full_disk, tmp_path, error)
     assert "step-4 cannot be written to" in first[1]
-    assert "No space left on device" in first[1]
+    assert (error.strerror if isinstance(error, OSError) else str(error)) in first[1]
     assert "rank 0 cannot save: step-4 cannot be written" in second[1]
     assert names(tmp_path) == ["step-4.unfinished"]
     for made, _, since in ranks(2)(on_ranks, DGC, tmp_path):
@@ -222,10 +226,37 @@ class Leaving:
         return {"step": 7}
 
 
+def others_write(folder, rank, but=()):
+    """The first to say that all are here have seen them write."""
+    original = rank.consensus_distance
+
+    def consensus_distance():
+        for place in set(range(1, rank.place[1])) - set(but):
+            begun, name = folder.begin(Mark("step", 7)), f"{place:05d}-of-{rank.place[1]:05d}"
+            (begun / f"rank-{name}-0.pt").touch()
+            (begun / f"distopt-{name}.json").touch()
+        return original()
+
+    return consensus_distance
+
+
+def test_a_checkpoint_without_the_files_of_a_rank_does_not_count(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("distopt.keeping._APPEARS_S", 0.1)
+    rank, folder = Leaving(9), CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    rank.consensus_distance = others_write(folder, rank, but=[2])
+    with caplog.at_level("WARNING", "distopt"):
+        keeper_for(folder, rank, {"model": nn.Linear(1, 1)}).save(Mark("step", 7))
+    assert folder.newest() is None
+    assert "step-7 is left out: not every rank has written its files" in caplog.text
+
+
 @pytest.mark.parametrize(("at", "kept"), [(9, ["step-7"]), (1, ["step-7"]), (2, ["step-7.unfinished"])])
-def test_a_checkpoint_during_which_a_rank_goes_does_not_count(tmp_path, caplog, at, kept):
+def test_a_checkpoint_during_which_a_rank_goes_does_not_count(tmp_path, caplog, monkeypatch, at, kept):
     leaving = Leaving(at)
-    keeper = keeper_for(CheckpointFolder(tmp_path / "checkpoints", keep=2), leaving, {"model": nn.Linear(1, 1)})
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    keeper = keeper_for(folder, leaving, {"model": nn.Linear(1, 1)})
+    monkeypatch.setattr("distopt.keeping._APPEARS_S", 0.1)
+    monkeypatch.setattr(leaving, "consensus_distance", others_write(folder, leaving))
     with caplog.at_level("WARNING", "distopt"):
         keeper.save(Mark("step", 7))
     assert names(tmp_path) == kept
