@@ -40,7 +40,7 @@ _FOLDER = "distopt"
 _REMEDIES = {
     "NO": "start several processes: torchrun --nproc-per-node 2, or accelerate launch --num_processes 2",
     "DEEPSPEED": "use distopt.integrations.deepspeed",
-    "FSDP": "leave the FSDP plugin out, so that the model is replicated",
+    "FSDP": "leave the FSDP plugin out, so that the model is replicated, or use distopt.integrations.fsdp",
 }
 
 

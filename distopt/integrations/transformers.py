@@ -86,6 +86,7 @@ class DistoptCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attaches. Collective."""
+        self._let_go(RuntimeError("the training before this one did not end"))
         model, optimizer = self._trainer.model_wrapped, kwargs["optimizer"]
         while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
             optimizer = optimizer.optimizer
@@ -106,7 +107,11 @@ class DistoptCallback(TrainerCallback, ExportableState):
         device = next(ddp.parameters()).device
         self._run = gather_json(secrets.token_hex(8), attachment.process_group, device)[0]
         if folder is not None:
-            checkpoint.load(attachment, folder)
+            try:
+                checkpoint.load(attachment, folder)
+            except Exception as error:
+                self._let_go(error)
+                raise
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every rank puts its file into the checkpoint that was just made."""
@@ -125,6 +130,12 @@ class DistoptCallback(TrainerCallback, ExportableState):
         if attached is not None:
             self._last_stats = attached.stats()
             attached.detach()
+
+    def _let_go(self, error: Exception) -> None:
+        """After a failure: without a collective, because the other ranks may be elsewhere."""
+        attached, self.attached = self.attached, None
+        if attached is not None:
+            attached.__exit__(type(error), error, error.__traceback__)
 
     def _resumed_folder(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """Where the state lies that belongs to the checkpoint in use; None if it was made without distopt.
@@ -155,7 +166,7 @@ def _check_arguments(trainer: Trainer) -> None:
     args = trainer.args
     for used, name, remedy in (
         (trainer.is_deepspeed_enabled, "deepspeed", "use distopt.integrations.deepspeed in a loop of your own"),
-        (trainer.is_fsdp_enabled, "fsdp", "leave it out, so that the model is replicated"),
+        (trainer.is_fsdp_enabled, "fsdp", "leave it out, or use distopt.integrations.fsdp in a loop of your own"),
         (args.auto_find_batch_size, "auto_find_batch_size", "set per_device_train_batch_size"),
         (
             args.restore_callback_states_from_checkpoint,

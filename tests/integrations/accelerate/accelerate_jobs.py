@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import nn
 
 import distopt
@@ -46,7 +47,7 @@ def run(rank, size, job=None, make=sgd, clip=None, scale=None, **options):
     """Trains plainly, or with a job; the parameters, the numbers, and the optimizer's settings on the way."""
     with accelerated(rank, size, **options) as accelerator:
         if scale:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
         model = build_model()
         model, optimizer = accelerator.prepare(model, make(model))
         before = dict(optimizer.param_groups[0], params=None)
@@ -76,6 +77,8 @@ def distances_to_plain():
     for name, (job, options) in cases.items():
         plain, whole = run(*here(), **options)[0], run(*here(), job, **options)[0]
         distances[name] = float((plain - whole).abs().max())
+    unscaled, scaled = run(*here(), DGC)[0], run(*here(), DGC, scale=1024.0)[0]
+    distances["what is held back while the scale grows"] = float((unscaled - scaled).abs().max())
     return distances
 
 
@@ -148,6 +151,9 @@ def refusals(folder):
     plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
     with accelerated(rank, size, gradient_accumulation_plugin=plugin) as accelerator:
         raises("sync_each_batch", *prepared(), DGC)
+        for kind, words in (("FSDP", "integrations.fsdp"), ("DEEPSPEED", "integrations.deepspeed")):  # need a GPU
+            with mock.patch.object(Accelerator, "distributed_type", DistributedType[kind]):
+                raises(words, accelerator, build_model(), sgd(build_model()), DGC)
 
 
 def logged(job):

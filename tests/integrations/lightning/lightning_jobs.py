@@ -2,12 +2,13 @@
 
 import functools
 import warnings
+from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -163,3 +164,5 @@ def refused_alone():
     trainer = trainer_for(1, DistoptCallback(DGC), strategy="auto")
     with pytest.raises(distopt.CompatibilityError, match='strategy="ddp"'):
         trainer.fit(Digits(sgd), digits(0, 1, 1))
+    with pytest.raises(distopt.CompatibilityError, match="FSDPStrategy"):  # whose trainer needs a GPU
+        DistoptCallback(DGC).setup(SimpleNamespace(strategy=FSDPStrategy()), Digits(sgd), "fit")

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -146,7 +147,11 @@ def refusals(folder):
 
 
 def refused_alone(folder):
-    """One process, without a launcher."""
+    """One process, without a launcher; and what needs a GPU to be set up."""
     trainer = trainer_for(1, sgd, folder)
+    for name in ("deepspeed", "fsdp"):
+        refusal = pytest.raises(distopt.CompatibilityError, match=f"integrations.{name}")
+        with mock.patch.object(trainer, f"is_{name}_enabled", True), refusal:
+            DistoptCallback(trainer, DGC)
     with pytest.raises(distopt.CompatibilityError, match="torchrun"):
         DistoptCallback(trainer, DGC)
