@@ -216,9 +216,10 @@ class Attachment:
         return self._device
 
     @property
-    def has_momentum(self) -> bool:
-        """Whether updates contain momentum that was taken over from the optimizer."""
-        return any(entry.hyperparameters.momentum for entry in self._tracked)
+    def sends_momentum(self) -> bool:
+        """Whether sparse updates contain momentum that was taken over from the optimizer."""
+        sparse = [entry for entry in self._tracked if entry.density is not None and entry.density < 1.0]
+        return any(entry.hyperparameters.momentum for entry in sparse)
 
     def settings_given_back(self) -> contextlib.AbstractContextManager[None]:
         """While a host saves the optimizer: momentum and weight decay are in it, as if nothing were attached."""

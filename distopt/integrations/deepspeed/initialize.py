@@ -128,7 +128,7 @@ def _attach(engine: Any, block: Block) -> Attachment:
 
 def _warn_of_clipping(engine: Any, attachment: Attachment) -> None:
     """Says so where DeepSpeed's clipping meets updates that contain momentum, and not gradients."""
-    if engine.gradient_clipping() > 0 and attachment.has_momentum and attachment.process_group.rank() == 0:
+    if engine.gradient_clipping() > 0 and attachment.sends_momentum and attachment.process_group.rank() == 0:
         _log.warning(
             "gradient_clipping=%g clips the update, momentum included, not the gradient; to clip gradients set it to 0 "
             "and clip=%g in the block, which acts on each rank before accumulation",

@@ -330,3 +330,18 @@ def as_the_page_shows(script, config, folder):
     exec(script.replace('"ds.json"', repr(path)), names)
     train(names["engine"], 0, 2)
     return names["engine"].distopt.stats()["algorithm"]
+
+
+def not_finite(nonfinite, bf16):
+    """A step in which rank 1 has a NaN: what engine.step() raises, and whether the weights moved."""
+    block = {"algorithm": "dgc", "density": 0.05, "nonfinite": nonfinite, "exchange": "allgather"}
+    config = ds_config(momentum=0.9, weight_decay=1e-3, bf16={"enabled": bf16}, distopt=block)
+    engine = make_engine(config)
+    train(engine, 0, 2)
+    before = weights(engine)
+    images, labels = digits()
+    inputs = images[:8].to(next(engine.module.parameters()).dtype)
+    loss = nn.functional.cross_entropy(engine(inputs).float(), labels[:8])
+    engine.backward(loss * (float("nan") if dist.get_rank() else 1.0))
+    message = message_of(engine.step)
+    return message, same([before], [weights(engine)])

@@ -121,6 +121,15 @@ def test_a_second_backward_pass_at_the_boundary_is_refused(pool):
         assert "second one at the boundary" in message
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_gradient_that_is_not_finite_is_named_or_left_out(pool, bf16):
+    for message, unmoved in pool(cases.not_finite, "error", bf16):
+        assert "NonFiniteGradientError" in message
+        assert "rank 1" in message
+        assert unmoved
+    assert pool(cases.not_finite, "skip", bf16) == [("", True)] * 2
+
+
 def test_what_is_found_on_an_engine_is_refused_at_attach(pool):
     for messages in pool(cases.refused_at_attach):
         assert "zero_optimization.stage, got 2" in messages["zero"]
