@@ -43,7 +43,11 @@ class LineFile:
         """
         if self._file is None:
             self._file = self._open(first_step)
-        content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
+        try:
+            text = json.dumps(line, allow_nan=False)
+        except (TypeError, ValueError):  # something that JSON does not have, which is rare: looking for it takes longer
+            text = json.dumps(plain(line), allow_nan=False)
+        content = (text + "\n").encode()
         while content:
             content = content[os.write(self._file, content) :]
 
