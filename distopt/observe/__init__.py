@@ -3,5 +3,6 @@
 from distopt.observe.lines import Line, read_folder, read_lines
 from distopt.observe.recorder import Observed, Recorder, record
 from distopt.observe.report import report
+from distopt.observe.round_log import RoundLog
 
-__all__ = ["Line", "Observed", "Recorder", "read_folder", "read_lines", "record", "report"]
+__all__ = ["Line", "Observed", "Recorder", "RoundLog", "read_folder", "read_lines", "record", "report"]

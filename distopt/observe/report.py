@@ -112,12 +112,32 @@ def _coding(run: RankRun) -> Iterator[str]:
         yield f"Warning: {len(gone)} workers are gone."
 
 
+def _federated(run: RankRun) -> Iterator[str]:
+    """Of rows of a history, which are of one round each."""
+    rows = [line["stats"] for line in run.lines]
+    clients = sum(len(row["participants"]) for row in rows) / len(rows)
+    yield f"{len(rows)} rounds, up to round {run.last_step}; {clients:.1f} clients in a round"
+    down, up = (sum(row[f"bytes_{way}"] for row in rows) for way in ("down", "up"))
+    yield f"Sent down {_size(down)}, up {_size(up)}"
+    if per_round := run.per_step():
+        yield f"{1e3 * per_round:.1f} ms for a round" + (
+            f", {run.last['time_s']:.1f} s of virtual time" if "time_s" in run.last else ""
+        )
+    plain = {"round", "participants", "bytes_down", "bytes_up", "refused", "time_s"}
+    if found := {name: value for name, value in run.last.items() if name not in plain and isinstance(value, float)}:
+        yield "At the end: " + ", ".join(f"{name} {value:.6g}" for name, value in found.items())
+    if refused := sum(row["refused"] for row in rows):
+        yield f"Warning: {refused} replies did not count."
+
+
 def _other(run: RankRun) -> Iterator[str]:
     yield _steps(run, str(run.last.get("algorithm", "")))
     yield from _bytes(run)
 
 
-_FAMILIES: dict[str, Callable[[RankRun], Iterator[str]]] = {"ddp": _ddp, "gossip": _gossip, "coding": _coding}
+_FAMILIES: dict[str, Callable[[RankRun], Iterator[str]]] = {
+    "ddp": _ddp, "gossip": _gossip, "coding": _coding, "federated": _federated,
+}  # fmt: skip
 
 
 def _steps(run: RankRun, what: str) -> str:

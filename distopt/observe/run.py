@@ -19,6 +19,7 @@ class RankRun:
     Attributes:
         last: The latest `stats()`.
         family: Of the attachment.
+        lines: All of them.
     """
 
     def __init__(self, lines: Sequence[Line]) -> None:
@@ -26,6 +27,7 @@ class RankRun:
         for line in lines:
             stretches.setdefault(line["first_step"], []).append(line)
         self._stretches = list(stretches.values())
+        self.lines = list(lines)
         self.last: dict[str, Any] = lines[-1]["stats"]
         self.family: str = lines[-1]["family"]
         self.last_step: int = lines[-1]["step"]
