@@ -99,6 +99,15 @@ def batch(step):
         "tests/examples/test_deepspeed_dgc.py::test_deepspeeds_launcher_starts_it_and_torchrun_goes_on",
         "tests/integrations/deepspeed/test_deepspeed_training.py::test_the_change_that_the_page_shows_trains",
     ),
+    "docs/observability.md": Context(
+        first=_MODEL
+        + _ANEW
+        + "import numpy as np\n"
+        + "model = DistributedDataParallel(model)\n"
+        + "clients = distopt.federated.ClientData((images, labels), [np.arange(512), np.arange(512, 1024)])",
+        smaller={"model=model": "model=nn.Linear(8, 2)"},
+    ),
+    "docs/fsdp.md": Elsewhere("tests/integrations/fsdp/test_hsdp.py::test_resumed_is_uninterrupted"),
     "docs/gossip.md": Elsewhere(_GOSSIP + "test_the_code_of_the_entry_page_runs_on_ranks"),
     "docs/gossip/algorithms.md": Elsewhere(_GOSSIP + "test_the_code_of_the_other_pages_runs"),
     "docs/gossip/topologies.md": Elsewhere(_GOSSIP + "test_the_code_of_the_other_pages_runs"),

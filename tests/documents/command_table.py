@@ -89,7 +89,9 @@ TABLE = {
         "tests/examples/test_deepspeed_dgc.py::test_the_starter_prints_its_command_and_checks_its_settings",
         "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
     ),
+    r"torchrun .* examples/hsdp_dgc.py": By("tests/examples/test_hsdp_example.py::test_two_replicas_of_two_shards"),
     # the command line
+    r"distopt report runs/job/log": By("tests/observe/test_report.py::test_the_command"),
     r"distopt info": Run(),
     r"distopt compare --help": Run(),
     r"distopt link --latency .*": Run(),

@@ -124,18 +124,21 @@ def test_every_number_is_an_event_and_a_text_only_when_it_changes(tmp_path):
     assert [event.step for event in read.Tensors(tag)] == [1, 2, 5]  # at 4 it is as it was at 2
 
 
-def test_a_run_that_is_never_closed_loses_nothing(tmp_path, warm_python):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_that_is_never_closed_loses_nothing(tmp_path, warm_python, kept):
     code = (
-        "import sys\n"
+        "import sys, threading\n"
         "from test_recorder import *\n"
         "def main():\n"
         "    attached, optimizer = Attached(), make_optimizer()\n"
         "    record(attached, optimizer, settings(sys.argv[1]))\n"
+        "    if sys.argv[3] == 'True':\n"  # a thread that never ends keeps all of it alive
+        "        threading.Thread(target=lambda: threading.Event().wait() or optimizer, daemon=True).start()\n"
         "    train(attached, optimizer, 8)\n"
         "    sys.exit(sys.argv[2])\n"
         "main()\n"
     )
-    ended = warm_python.start(code, tmp_path, "it has failed")
+    ended = warm_python.start(code, tmp_path, "it has failed", kept)
     assert ended.wait() == 1
     assert ended.communicate()[1].strip() == "it has failed"
     assert steps_of(tmp_path) == [1, 3, 6, 8]
