@@ -3,6 +3,7 @@
 That run ends with the bits of one that was never disturbed.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from example_ranks import EPOCHS, ROUTED, ddp_dgc_arguments, final_state, run_ranks
+from example_ranks import DDP_DGC, EPOCHS, ROUTED, ddp_dgc_arguments, final_state, run_ranks
 
 pytestmark = pytest.mark.job
 
@@ -67,3 +68,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_three(warm_python, tmp_path, und
     shutil.copytree(undisturbed[1], tmp_path / "checkpoints")
     output = run_ranks(warm_python, *ddp_dgc_arguments(tmp_path / "checkpoints", epochs=EPOCHS + 1), ranks=3)
     assert reports(output)[0].startswith(f"epoch {EPOCHS + 1}:")
+
+
+@pytest.mark.job
+def test_a_jobs_file_says_what_is_kept_and_written(warm_python, tmp_path):
+    folders = {"checkpoint": {"folder": str(tmp_path / "kept"), "every": 30}, "log": {"folder": str(tmp_path / "log")}}
+    job = {"algorithm": "topk", "density": 0.05, "exchange": "allgather", **folders}
+    (tmp_path / "distopt.json").write_text(json.dumps(job))
+    output = run_ranks(warm_python, DDP_DGC, "--epochs", "3", "--job", str(tmp_path / "distopt.json"))
+    assert len(reports(output)) == 3
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["epoch-2", "epoch-3"]  # of 22 steps each
+    assert "topk on 2 ranks" in (tmp_path / "log/report.txt").read_text()
