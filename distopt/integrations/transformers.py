@@ -87,6 +87,11 @@ class DistoptCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attaches. Collective."""
         self._let_go(RuntimeError("the training before this one did not end"))
+        if state.is_hyper_param_search:
+            raise CompatibilityError(
+                "distopt finds a Trainer's checkpoints in output_dir, got a hyperparameter search, which keeps those "
+                "of each trial elsewhere; train without one, with the parameters that a search of plain runs has found"
+            )
         model, optimizer = self._trainer.model_wrapped, kwargs["optimizer"]
         while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
             optimizer = optimizer.optimizer

@@ -130,6 +130,10 @@ def plain_then_compressed(folder):
     return float((through - whole).abs().max())
 
 
+def _search(state, *_):
+    state.is_hyper_param_search = True
+
+
 def refusals(folder):
     """What is refused, and in which words."""
 
@@ -143,6 +147,9 @@ def refusals(folder):
     raises("clip=1.0 to the algorithm", max_grad_norm=1.0)
     raises("defined for torch.optim.SGD", make=None)
     raises("per_device_train_batch_size", auto_find_batch_size=True)
+    searching = mock.patch("transformers.TrainerState.compute_steps", autospec=True, side_effect=_search)
+    with searching:
+        raises("hyperparameter search")
     raises("restores itself", restore_callback_states_from_checkpoint=True)
 
 
