@@ -7,6 +7,7 @@ Limits: no word to other ranks; one process completes and removes (see `distopt.
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -16,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 
-from distopt.errors import StateMismatchError
+from distopt.errors import CompatibilityError, StateMismatchError
 
 UNITS = ("step", "epoch")
 _FORMAT = 1
@@ -26,6 +28,8 @@ _MANIFEST = "checkpoint.json"
 _UNFINISHED = ".unfinished"
 _NAME = re.compile(rf"({'|'.join(UNITS)})-(0|[1-9][0-9]*)")
 _DIGITS = 16  # of a file's digest, in its name
+# What numbers of NumPy are pickled as: a learning rate that NumPy has computed is one.
+_NUMPY: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
 
 
 class Part(Protocol):
@@ -135,9 +139,21 @@ class CheckpointFolder:
 
 
 def save_parts(parts: Mapping[str, Any], place: Path, stem: str) -> None:
-    """Writes states, by name, to a file whose name begins with `stem` and says its digest."""
+    """Writes states, by name, to a file whose name begins with `stem` and says its digest.
+
+    Raises:
+        CompatibilityError: `load_parts` would refuse what is in it; better now than when it is needed.
+    """
     temporary = place / f"{stem}.tmp"
     torch.save(parts, temporary)
+    try:
+        _unpickled(temporary, mmap=True)
+    except pickle.UnpicklingError:
+        name, error = next(found for each in parts if (found := (each, _unreadable(parts[each])))[1] is not None)
+        raise CompatibilityError(
+            f"states must hold tensors and plain values, got something else in that of {name}: {error}; have its "
+            "state_dict leave that out, or leave it out of the job's checkpoints"
+        ) from None
     path = temporary.rename(place / f"{stem}-{_digest(temporary)}.pt")
     for old in place.glob(f"{stem}-*.pt"):  # of a run that ended before it was complete
         if old != path:
@@ -163,15 +179,39 @@ def load_parts(place: Path, stem: str) -> dict[str, Any]:
                 f"a checkpoint file must be whole, got another digest than its name says for {path}; remove {place} to "
                 "go on from the checkpoint before"
             )
-        states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickled(path)
     except OSError as error:
         raise StateMismatchError(f"{path} cannot be read ({error.strerror}); see to its owner and mode") from error
     except pickle.UnpicklingError as error:
         raise StateMismatchError(
-            f"states must hold tensors and plain values, got something else in {path} ({error}); leave the part that "
-            "has it out of parts="
+            f"states must hold tensors and plain values, got something else in {path}: {_told(error)}; remove {place} "
+            "to go on from the checkpoint before"
         ) from error
+
+
+def _unpickled(source: "Path | io.BytesIO", *, mmap: bool = False) -> dict[str, Any]:
+    """The content of a file of states; nothing is unpickled but tensors and plain values."""
+    with torch.serialization.safe_globals(_NUMPY):
+        states: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     return states
+
+
+def _unreadable(state: Any) -> str | None:
+    """Why this state could not be taken back, if it could not."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    content.seek(0)
+    try:
+        _unpickled(content)
+    except pickle.UnpicklingError as error:
+        return _told(error)
+    return None
+
+
+def _told(error: pickle.UnpicklingError) -> str:
+    """The line of torch's advice that names the type."""
+    found = re.search(r"Unsupported [\w ]+: \w+ [\w.]+", str(error))
+    return found[0] if found else str(error).splitlines()[0]
 
 
 def _digest(path: Path) -> str:

@@ -86,9 +86,12 @@ class Keeper(ABC):
             write()
         except DistoptError as error:
             return error
-        except (OSError, RuntimeError) as error:  # torch's own of a full disk is the second
+        except Exception as error:  # of a full disk torch has its own, and pickle others of what it cannot take
             why = getattr(error, "strerror", None) or in_a_line(error)
-            return StateMismatchError(f"{mark} cannot be written to {self._folder.path} ({why}); make room there")
+            return StateMismatchError(
+                f"{mark} cannot be written to {self._folder.path} ({why}); make room there, or leave what cannot be "
+                "pickled out of the parts"
+            )
         return None
 
 
@@ -120,6 +123,7 @@ class OfReplicas(Keeper):
             place = self._folder.place_of(mark)
             problem = None
             try:
+                self._folder.facts(mark)  # of this format
                 self._take_back(load_parts(place, _SHARED))
             except StateMismatchError as error:
                 problem = error
@@ -211,6 +215,7 @@ class OfMaster(Keeper):
             self._folder.clear()
         mark = self._folder.newest()
         if mark is not None:
+            self._folder.facts(mark)  # of this format
             states = load_parts(self._folder.place_of(mark), _SHARED)
             own = states.pop("distopt", None)
             self._take_back(states)

@@ -69,12 +69,14 @@ class Run:
         self.attachment = attach(model, optimizer, **options)
         self._mark: Mark | None = None
         self._keeper: Keeper | None = None
+        self._done: dict[str, int] = {}  # of each unit, rounds of the loop whose body has ended
         self._saved = 0  # optimizer steps at the last checkpoint
         try:
             if job.checkpoint is not None:
                 self._keeper = self._open_checkpoints(parts)
                 self._mark = self._keeper.resume()
                 if self._mark is not None:
+                    self._done[self._mark.unit] = self._mark.done
                     _log.info("goes on from %s in %s", self._mark, job.checkpoint.folder)
             self._saved = self.attachment.step
             self.recorder = None if job.log is None else observe.record(self.attachment, optimizer, job.log)
@@ -85,6 +87,8 @@ class Run:
 
     def steps(self, num_steps: int) -> Iterator[int]:
         """The steps of the training loop, 0 to `num_steps` - 1, from where the newest checkpoint is.
+
+        A second loop of this run begins behind the last step whose body has ended.
 
         A checkpoint is made behind the loop's body when a multiple of `every` steps is done, and at the end. In coded
         training these are the steps of `CodedTraining.steps`.
@@ -141,19 +145,18 @@ class Run:
     def _begun(self, unit: str, total: object) -> int:
         """How many rounds of the loop are done."""
         check_count(f"num_{unit}s", total, low=0, remedy=f"use run.{unit}s(100)")
-        if self._mark is None:
-            return 0
-        if self._mark.unit != unit:
+        if self._mark is not None and self._mark.unit != unit:
             raise StateMismatchError(
                 f"the loop must count what the checkpoint counts, got {unit}s and {self._mark}; use "
                 f"run.{self._mark.unit}s, or name another folder"
             )
-        return self._mark.done
+        return self._done.get(unit, 0)
 
     def _rounds(self, unit: str, begun: int, total: int) -> Iterator[int]:
         for done in range(begun, total):
             yield done
             mark = Mark(unit, done + 1)
+            self._done[unit] = mark.done
             if done + 1 == total or self._is_due(mark):
                 self._save(mark)
 
@@ -163,8 +166,10 @@ class Run:
         for step in self.attachment.steps(total - begun):
             yield step
             mark = Mark("step", self.attachment.step)
+            self._done["step"] = mark.done
             if not self.attachment.scheme.delay and mark.done < total and self._is_due(mark):  # else jobs are under way
                 self._save(mark)
+        self._done["step"] = total
         self._save(Mark("step", total))
 
     def _is_due(self, mark: Mark) -> bool:

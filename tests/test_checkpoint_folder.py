@@ -1,12 +1,14 @@
 """What counts as a checkpoint, which is the newest, what is kept, and what is said of a damaged one."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from distopt.checkpoint_folder import CheckpointFolder, Mark, load_parts, save_parts
-from distopt.errors import StateMismatchError
+from distopt.errors import CompatibilityError, StateMismatchError
 
 
 @pytest.fixture
@@ -92,9 +94,24 @@ class OfTheUser:
 
 
 def test_nothing_is_unpickled_but_plain_values(tmp_path):
-    save_parts({"own": OfTheUser()}, tmp_path, "shared")
-    with pytest.raises(StateMismatchError, match="must hold tensors and plain values"):
+    content = tmp_path / "content"
+    torch.save({"own": OfTheUser()}, content)
+    digest = hashlib.sha256(content.read_bytes()).hexdigest()[:16]
+    content.rename(tmp_path / f"shared-{digest}.pt")
+    with pytest.raises(StateMismatchError, match=r"must hold tensors and plain values, got .*OfTheUser; remove"):
         load_parts(tmp_path, "shared")
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    with pytest.raises(CompatibilityError, match=r"something else in that of own: .*OfTheUser; have its state_dict"):
+        save_parts({"plain": 1, "own": {"deep": [OfTheUser()]}}, tmp_path, "shared")
+    assert not list(tmp_path.glob("shared-*.pt"))
+
+
+def test_numbers_of_numpy_are_plain_values(tmp_path):
+    saved = {"lr": np.float64(0.1), "epoch": np.int64(3), "best": np.float32(0.5), "done": np.bool_(True)}
+    save_parts({"scheduler": saved}, tmp_path, "shared")
+    assert load_parts(tmp_path, "shared") == {"scheduler": saved}
 
 
 def test_a_file_that_is_not_there(tmp_path):

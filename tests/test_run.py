@@ -149,10 +149,14 @@ def on_a_full_disk(folder, error):
         checkpoint_folder.torch.save = saved
 
 
-FULL = (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file"))
+FULL = (
+    OSError(28, "No space left on device"),
+    RuntimeError("PytorchStreamWriter failed writing file"),
+    AttributeError("Can't pickle local object"),
+)
 
 
-@pytest.mark.parametrize("error", FULL, ids=["system", "torch"])
+@pytest.mark.parametrize("error", FULL, ids=["system", "torch", "pickle"])
 def test_a_rank_that_cannot_write_ends_all_and_nothing_counts(ranks, tmp_path, error):
     first, second = ranks(2)(on_a_full_disk, tmp_path, error)
     assert "step-4 cannot be written to" in first[1]
@@ -171,6 +175,16 @@ def on_epochs(folder, num_epochs, unit="epochs"):
                 job.step(3 * epoch + step)
             made.append(epoch)
     return made
+
+
+def test_a_second_loop_goes_on_where_the_first_one_ended(tmp_path):
+    for kept in ({}, {"checkpoint": {"folder": str(tmp_path / "checkpoints"), "every": 2}}):
+        with attached({"algorithm": "gossip", **kept}) as run:
+            for step in run.steps(9):
+                if step == 3:  # is not done
+                    break
+            assert list(run.steps(5)) == [3, 4]
+            assert list(run.steps(5)) == []
 
 
 def test_epochs_are_saved_once_so_many_steps_are_made(ranks, tmp_path):

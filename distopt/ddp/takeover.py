@@ -60,7 +60,9 @@ class Takeover:
         for index, group in self._groups():
             self._check_group(index, group)
         self.hyperparameters = {
-            self._id(parameter): Hyperparameters(group["momentum"], group["nesterov"], group["weight_decay"])
+            self._id(parameter): Hyperparameters(
+                float(group["momentum"]), bool(group["nesterov"]), float(group["weight_decay"])
+            )
             for _, group in self._groups()
             for parameter in group["params"]
         }

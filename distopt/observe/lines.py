@@ -123,7 +123,7 @@ def line_file(folder: Path, rank: int) -> LineFile:
     """Of one rank in a job's folder, which is made if it is not there.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        ConfigError: The folder cannot be written, or the file that is there is not a log.
     """
     path = folder / f"stats-{rank}.jsonl"
     try:
@@ -134,4 +134,5 @@ def line_file(folder: Path, rank: int) -> LineFile:
             f"folder of log must be one that can be written, got {os.fspath(folder)!r} ({error.strerror}); "
             'use "runs/job/log"'
         ) from error
+    read_lines(path)  # what is wrong with it is to be said now, not behind the first step
     return LineFile(path)

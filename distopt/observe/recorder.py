@@ -190,7 +190,7 @@ def record(
         The recorder, which need not be kept: it closes itself when Python ends. `close()` returns the report.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        ConfigError: The folder cannot be written, or holds another file in the place of a log.
         CompatibilityError: `optimizer` is none of torch's, or tensorboard is wanted and not installed.
     """
     if optimizer is None:

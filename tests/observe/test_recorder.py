@@ -172,6 +172,8 @@ def test_refusals(tmp_path):
         distopt.ConfigError, match=r"line 1, must be an object with a step, got '\{\}'; remove the line"
     ):
         read_folder(tmp_path)
+    with pytest.raises(distopt.ConfigError, match="line 1, must be an object with a step"):
+        record(Attached(), None, settings(tmp_path))  # now, not behind the first step
 
 
 def recorded(algorithm, folder, *, start=None, steps=7):
