@@ -42,9 +42,9 @@ def save(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
     Args:
         attachment: What `attach` returned.
         directory: One for each checkpoint; made if it does not exist. Files of an earlier save with as many ranks are
-            replaced.
+            replaced. Each shard of a sharded model has a folder of its own in it.
     """
-    folder = Path(directory)
+    folder = _folder_of(attachment, directory)
     folder.mkdir(parents=True, exist_ok=True)
     state = attachment.state_dict()
     rank, num_ranks = _place(attachment)  # only now: ranks may have gone while it was made
@@ -76,7 +76,7 @@ def load(attachment: Saveable, directory: str | os.PathLike[str]) -> None:
         CompatibilityError: Another rank cannot load; quotes why.
     """
     rank, num_ranks = _place(attachment)
-    folder = Path(directory)
+    folder = _folder_of(attachment, directory)
     loaded: list[dict[str, Any]] = []
     problem = None
     try:
@@ -152,6 +152,12 @@ def load_distributed(attachment: Saveable, checkpoint_id: str | os.PathLike[str]
 def dealt_out(saved_ranks: int, rank: int, num_ranks: int) -> list[int]:
     """The old ranks whose state this rank brings; one that gets none brings a copy, which does not count twice."""
     return [rank] if saved_ranks == num_ranks else list(range(rank, saved_ranks, num_ranks)) or [0]
+
+
+def _folder_of(attachment: Saveable, directory: str | os.PathLike[str]) -> Path:
+    """Where its files lie: replicas of one shard of a model number their ranks as those of another do."""
+    shard: str = getattr(attachment, "shard", "")
+    return Path(directory) / f"shard-{shard.replace(' ', '-')}" if shard else Path(directory)
 
 
 def _place(attachment: Saveable) -> tuple[int, int]:

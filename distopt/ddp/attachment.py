@@ -124,6 +124,11 @@ class Attachment:
         """Completed steps, those before a checkpoint included."""
         return self._hook.step
 
+    @property
+    def shard(self) -> str:
+        """Which part of every parameter this rank has, "0 of 2" say; empty for all of it."""
+        return self._host.shard
+
     def stats(self) -> dict[str, Any]:
         """Numbers since attach, of this rank, without a collective; under "last" those of the latest step.
 
@@ -174,7 +179,7 @@ class Attachment:
             "step": self._hook.step,
             "paused": self._hook.sends_whole,
             "prediction": predict.to_json() if isinstance(predict, Predictor) else "",
-            **({"shard": self._host.shard} if self._host.shard else {}),
+            **({"shard": self.shard} if self.shard else {}),
             **states.collect(self._tracked, self.process_group.rank()),
         }
 
@@ -192,9 +197,9 @@ class Attachment:
         problem = None
         try:
             states.check(state_dict, self._tracked, self.algorithm.name)
-            if state_dict.get("shard", "") != self._host.shard:
+            if state_dict.get("shard", "") != self.shard:
                 raise StateMismatchError(
-                    f"the state must be of shard {self._host.shard or 'of no sharded model'}, got "
+                    f"the state must be of shard {self.shard or 'of no sharded model'}, got "
                     f"{state_dict.get('shard') or 'none'}; give each rank the file that it has saved"
                 )
         except StateMismatchError as error:

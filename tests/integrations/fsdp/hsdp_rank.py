@@ -99,13 +99,15 @@ def replicas(algorithm):
     return inside, whole(model), stats, [g["momentum"] for g in optimizer.param_groups], momenta
 
 
-def resumed(algorithm):
+def resumed(algorithm, folder):
     mesh = mesh_of(2, 2)
     model = make_model(mesh["shard"])
     optimizer = make_optimizer(model)
     with fsdp.attach(model, optimizer, algorithm, mesh=mesh) as attachment:
         train(model, optimizer)
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attachment.state_dict()))
+        distopt.checkpoint.save(attachment, folder)
+        dist.barrier()
         train(model, optimizer, start=STEPS)
         uninterrupted = whole(model)
     model = make_model(mesh["shard"])
@@ -113,7 +115,7 @@ def resumed(algorithm):
     optimizer = make_optimizer(model)
     with fsdp.attach(model, optimizer, algorithm, mesh=mesh) as attachment:
         optimizer.load_state_dict(saved[1])
-        attachment.load_state_dict(saved[2])
+        distopt.checkpoint.load(attachment, folder)
         train(model, optimizer, start=STEPS)
         again = whole(model)
         other = {**saved[2], "shard": "7 of 8"}

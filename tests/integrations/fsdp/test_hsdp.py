@@ -49,8 +49,9 @@ def test_replicas_stay_equal_also_after_detach(ranks, hsdp, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [distopt.DGC(density=0.05), distopt.TopK(density=0.05)])
-def test_resumed_is_uninterrupted(ranks, hsdp, algorithm):
-    assert ranks(4)(hsdp.resumed, algorithm) == [True] * 4
+def test_resumed_is_uninterrupted(ranks, hsdp, algorithm, tmp_path):
+    assert ranks(4)(hsdp.resumed, algorithm, tmp_path) == [True] * 4
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["shard-0-of-2", "shard-1-of-2"]
 
 
 def test_accumulation(ranks, hsdp):
