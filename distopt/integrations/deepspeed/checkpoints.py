@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from distopt import checkpoint
-from distopt.comm import all_gather
+from distopt.comm import all_gather, raise_together
 from distopt.ddp.attachment import Attachment
+from distopt.errors import StateMismatchError, in_a_line
 from distopt.integrations.deepspeed.hosts import EngineHost, OverlapHost
 from distopt.job import CheckpointSettings
 
@@ -31,7 +32,7 @@ def follow_checkpoints(engine: Any, host: EngineHost | OverlapHost, attachment: 
         name = f"global_step{engine.global_steps}" if tag is None else str(tag)
         if save_dir:  # else DeepSpeed says what is wrong
             # First: the file `latest` names the tag when all of it is there.
-            checkpoint.save(attachment, Path(save_dir) / name / _FOLDER)
+            _save(attachment, Path(save_dir) / name / _FOLDER)
         with host.bare(), attachment.settings_given_back():
             return save(save_dir, tag, *args, **kwargs)
 
@@ -63,18 +64,35 @@ def save_every(engine: Any, host: EngineHost | OverlapHost, settings: Checkpoint
         if engine.global_steps != before and engine.global_steps % settings.every == 0:
             engine.save_checkpoint(settings.folder)
             if engine.global_rank == 0:  # behind DeepSpeed's barrier: all ranks have written
-                _forget_old(Path(settings.folder), settings.keep)
+                _forget_old(Path(settings.folder), settings.keep, engine.global_steps)
         return result
 
     host.patches.replace(engine, "step", step_and_save)
 
 
-def _forget_old(folder: Path, keep: int) -> None:
-    """Removes all checkpoints made by `save_every` but the newest; others have no folder of ours or another name."""
+def _forget_old(folder: Path, keep: int, now: int) -> None:
+    """Removes all checkpoints made by `save_every` but the newest; others have no folder of ours or another name.
+
+    Those of later steps stay: of a run that went on from an earlier one they are not what it has just saved.
+    """
     numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _TAG.fullmatch(path.name))]
-    ours = sorted((step, path) for step, path in numbered if (path / _FOLDER).is_dir())
+    ours = sorted((step, path) for step, path in numbered if step <= now and (path / _FOLDER).is_dir())
     for _, path in ours[:-keep]:
         shutil.rmtree(path)
+
+
+def _save(attachment: Attachment, folder: Path) -> None:
+    """Writes this rank's state; no rank goes on to DeepSpeed's barrier where one could not. Collective."""
+    group, problem = attachment.process_group, None
+    try:
+        checkpoint.save(attachment, folder)
+        if group.rank() == 0:  # DeepSpeed too replaces what another number of ranks has saved by this tag
+            for old in folder.glob("distopt-*-of-*"):
+                if f"-of-{group.size():05d}" not in old.name:
+                    old.unlink()
+    except (OSError, RuntimeError) as error:  # torch's own of a full disk is the second
+        problem = StateMismatchError(f"{folder} cannot be written ({in_a_line(error)}); make room there")
+    raise_together(problem, group, attachment.device, what="cannot save")
 
 
 def _restore(attachment: Attachment, folder: Path) -> None:
