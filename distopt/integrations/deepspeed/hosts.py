@@ -34,13 +34,13 @@ class EngineHost(FeedHost):
         check_embeddings(engine.module)
         super().__init__(
             _trained(engine.module),
-            _group_of(engine),
+            group_of(engine),
             stands_for=master_weights(engine),
             bucket_cap_mb=bucket_cap_mb,
         )
         self.patches = Patches()
         self._engine = engine
-        self._exchanged_at: int | None = None
+        self._one_backward = _OneBackward(engine)
 
     def claim(self) -> None:
         """See `Host.claim`."""
@@ -57,7 +57,7 @@ class EngineHost(FeedHost):
 
     def loaded(self) -> None:
         """To be called after the engine has loaded a checkpoint: it may count its micro-batches anew."""
-        self._exchanged_at = None
+        self._one_backward.forget()
 
     def bare(self) -> contextlib.AbstractContextManager[None]:
         """See `OverlapHost.bare`: the engine's module is the bare one all the time."""
@@ -68,19 +68,43 @@ class EngineHost(FeedHost):
         self._exchange_gradients()
 
     def _exchange_gradients(self) -> None:
-        engine = self._engine
-        if self._exchanged_at == engine.micro_steps:
+        assert self._hook is not None
+        self._one_backward.check(self._hook)
+        parameters = list(_trained(self._engine.module).values())
+        for parameter in parameters:
+            if parameter.grad is None:  # took no part here, but perhaps on another rank
+                parameter.grad = torch.zeros_like(parameter)
+        self.exchange(parameters, [parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+class _OneBackward:
+    """Refuses a second exchange before the engine's step, which would take updates for gradients.
+
+    Args:
+        engine: Counts its micro-batches.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._micro_steps = self._step = -1
+
+    def forget(self) -> None:
+        """The engine counts anew."""
+        self._micro_steps = -1
+
+    def check(self, hook: CommHook) -> None:
+        """Before an exchange. One that failed does not count: the hook has made no step, and the user may go on.
+
+        Raises:
+            CompatibilityError: There has been one in this step of the engine.
+        """
+        if self._micro_steps == self._engine.micro_steps and hook.step != self._step:
             raise CompatibilityError(
                 "with distopt one backward pass ends a step, got a second one at the boundary of gradient accumulation "
                 "before engine.step(): the gradients are updates already; add the losses up, or raise "
                 "gradient_accumulation_steps"
             )
-        self._exchanged_at = engine.micro_steps
-        parameters = list(_trained(engine.module).values())
-        for parameter in parameters:
-            if parameter.grad is None:  # took no part here, but perhaps on another rank
-                parameter.grad = torch.zeros_like(parameter)
-        self.exchange(parameters, [parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._micro_steps, self._step = self._engine.micro_steps, hook.step
 
 
 class ZeroOneHost(EngineHost):
@@ -111,6 +135,8 @@ class ZeroOneHost(EngineHost):
 
         self.patches.replace(optimizer, "reduce_gradients", reduce_gradients)
         self.patches.replace(optimizer, "average_tensor", lambda tensor, communication_data_type: None)
+        if hasattr(self._engine, "coalesce_grad_reduction"):
+            self.patches.replace(self._engine, "coalesce_grad_reduction", _refuse_coalescing)
 
 
 class OverlapHost(Host):
@@ -131,11 +157,12 @@ class OverlapHost(Host):
         check_untouched(engine, _SEAM)
         self.patches = Patches()
         self._engine = engine
+        self._one_backward = _OneBackward(engine)
         self._bare: nn.Module | None = None
         module = engine.module
         if not isinstance(module, DistributedDataParallel):
             self._bare = module
-            module = _wrapped(module, _group_of(engine), bucket_cap_mb)
+            module = _wrapped(module, group_of(engine), bucket_cap_mb)
         self._ddp: DistributedDataParallel | None = module
         self._inner = DDPHost(module)
         self._masters = master_weights(engine)
@@ -174,6 +201,8 @@ class OverlapHost(Host):
         def at_the_boundary_only(module: nn.Module, args: Any) -> None:
             ends_step = engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt
             ddp.require_backward_grad_sync = ends_step  # what DDP.no_sync sets
+            if ends_step and torch.is_grad_enabled():
+                self._one_backward.check(hook)
 
         self.patches.afterwards(ddp.register_forward_pre_hook(at_the_boundary_only).remove)
         self.patches.afterwards(lambda: setattr(ddp, "require_backward_grad_sync", True))
@@ -185,7 +214,8 @@ class OverlapHost(Host):
         return self._inner.keep_in_step(group, tracked)
 
     def loaded(self) -> None:
-        """See `EngineHost.loaded`: there is nothing to do."""
+        """See `EngineHost.loaded`."""
+        self._one_backward.forget()
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:
@@ -240,6 +270,13 @@ def _wrapped(module: nn.Module, group: dist.ProcessGroup, bucket_cap_mb: float) 
         )
 
 
+def _refuse_coalescing() -> None:
+    raise CompatibilityError(
+        "engine.coalesce_grad_reduction() reduces gradients past distopt, got a call while it is attached; use "
+        "gradient_accumulation_steps, or call detach() before"
+    )
+
+
 def _trained(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that DeepSpeed averages, by name, in its order."""
     return {
@@ -249,6 +286,7 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _group_of(engine: Any) -> dist.ProcessGroup:
+def group_of(engine: Any) -> dist.ProcessGroup:
+    """The ranks that the engine averages over."""
     group: dist.ProcessGroup = engine.seq_data_parallel_group
     return group

@@ -7,19 +7,21 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distopt.comm import agree, raise_together
 from distopt.ddp.attachment import Attachment
-from distopt.errors import ConfigError
+from distopt.errors import ConfigError, DistoptError
 from distopt.integrations.deepspeed.block import Block, host_module, read_config, take_block
 from distopt.integrations.deepspeed.checkpoints import follow_checkpoints, save_every
-from distopt.integrations.deepspeed.hosts import EngineHost, OverlapHost, ZeroOneHost
+from distopt.integrations.deepspeed.hosts import EngineHost, OverlapHost, ZeroOneHost, group_of
 from distopt.integrations.deepspeed.refusals import (
     check_config,
     check_engine,
+    check_is_engine,
     check_model,
     check_not_wrapped,
     check_optimizer,
 )
-from distopt.job import JobSource
+from distopt.job import JobSource, LogSettings
 from distopt.observe import record
 
 _log = logging.getLogger("distopt")
@@ -109,7 +111,8 @@ def attach(engine: Any, source: JobSource, *, overlap: bool | None = None) -> At
 
 
 def _attach(engine: Any, block: Block) -> Attachment:
-    check_engine(engine, block.algorithm, overlap=block.overlap)
+    check_is_engine(engine)
+    _agree(engine, block)
     kind = OverlapHost if block.overlap else ZeroOneHost if engine.zero_optimization_stage() == 1 else EngineHost
     host = kind(engine, bucket_cap_mb=block.bucket_cap_mb)
     attachment = block.algorithm.attach_to(host, engine.basic_optimizer)
@@ -119,11 +122,41 @@ def _attach(engine: Any, block: Block) -> Attachment:
     engine.distopt = attachment
     host.patches.afterwards(lambda: delattr(engine, "distopt"))
     if block.job.log is not None:
-        engine.distopt_recorder = recorder = record(attachment, engine.basic_optimizer, block.job.log)
-        host.patches.afterwards(lambda: delattr(engine, "distopt_recorder"))
-        host.patches.afterwards(recorder.close)
+        _record(engine, host, attachment, block.job.log)
     _warn_of_clipping(engine, attachment)
     return attachment
+
+
+def _agree(engine: Any, block: Block) -> None:
+    """Checks the engine, and what of the block no attachment knows: ranks that differ would wait for each other."""
+    problem = None
+    try:
+        check_engine(engine, block.algorithm, overlap=block.overlap)
+    except DistoptError as error:
+        problem = error
+    checkpoint = block.job.checkpoint
+    own = {
+        "overlap": block.overlap,
+        "bucket_cap_mb": block.bucket_cap_mb,
+        "table checkpoint": checkpoint and checkpoint.to_dict(),
+    }
+    agree(own, problem, group_of(engine), engine.device)
+
+
+def _record(engine: Any, host: EngineHost | OverlapHost, attachment: Attachment, settings: LogSettings) -> None:
+    """Begins the log; where one rank cannot write it, gives the engine back on all of them."""
+    problem = None
+    try:
+        engine.distopt_recorder = recorder = record(attachment, engine.basic_optimizer, settings)
+        host.patches.afterwards(lambda: delattr(engine, "distopt_recorder"))
+        host.patches.afterwards(recorder.close)
+    except DistoptError as error:
+        problem = error
+    try:
+        raise_together(problem, attachment.process_group, attachment.device, what="cannot write the log")
+    except DistoptError:
+        attachment.detach()
+        raise
 
 
 def _warn_of_clipping(engine: Any, attachment: Attachment) -> None:

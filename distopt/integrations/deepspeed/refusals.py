@@ -50,6 +50,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("fp16", "enabled"), _on, 'use "bf16": {"enabled": true} (fp16 gradients are still multiplied by the loss scale)'),
     (
+        ("amp", "enabled"),
+        _on,
+        'use "bf16": {"enabled": true} (apex scales the loss, and steps the optimizer its own way)',
+    ),
+    (
         ("prescale_gradients",),
         _on,
         "set it to false (the average is distopt's, which divides by the number of ranks itself)",
@@ -215,18 +220,27 @@ def check_not_wrapped(model: nn.Module) -> None:
         )
 
 
-def check_engine(engine: Any, algorithm: DDPAlgorithm, *, overlap: bool) -> None:
-    """Refuses an engine as `check_config` and `check_model` do, and by what it has become.
-
-    Raises:
-        CompatibilityError: Names what is wrong and the remedy.
-    """
+def check_is_engine(engine: Any) -> None:
+    """Raises `CompatibilityError` for anything but an engine of DeepSpeed."""
     for method in ("backward", "step", "buffered_allreduce_fallback", "is_gradient_accumulation_boundary"):
         if not hasattr(engine, method):
             raise CompatibilityError(
                 f"attach needs a DeepSpeed engine, got {type(engine).__name__}; pass the first that "
                 "deepspeed.initialize returns"
             )
+
+
+def check_engine(engine: Any, algorithm: DDPAlgorithm, *, overlap: bool) -> None:
+    """Refuses an engine as `check_config` and `check_model` do, and by what it has become.
+
+    Raises:
+        CompatibilityError: Names what is wrong and the remedy.
+    """
+    if isinstance(engine.module, DistributedDataParallel) and not overlap:
+        raise CompatibilityError(
+            "DistributedDataParallel inside the engine averages gradients itself, got overlap=False; leave overlap "
+            "out, or give deepspeed.initialize the bare model"
+        )
     check_config(engine._config._param_dict, overlap=overlap)
     check_model(engine.module, engine.mpu)
     check_optimizer(engine._config._param_dict, engine.basic_optimizer, algorithm)

@@ -176,15 +176,11 @@ def compiled():
     return same([weights(eager)], [weights(engine)]) and engine.distopt.stats()["steps"] == 3
 
 
-def backward_twice():
-    engine = make_engine(ds_config(distopt={"algorithm": "topk", "density": 0.5}))
+def backward_twice(overlap):
+    engine = make_engine(ds_config(distopt={"algorithm": "topk", "density": 0.5, "overlap": overlap}))
     images, labels = digits()
     engine.backward(nn.functional.cross_entropy(engine(images[:8]), labels[:8]))
-    try:
-        engine.backward(nn.functional.cross_entropy(engine(images[:8]), labels[:8]))
-    except Exception as error:
-        return str(error)
-    return ""
+    return message_of(lambda: engine.backward(nn.functional.cross_entropy(engine(images[:8]), labels[:8])))
 
 
 def message_of(function, *args, **kwargs):
@@ -211,14 +207,53 @@ def refused_at_attach():
     messages["twice"] = message_of(attach, engine, algorithm)
     wrapped = DistributedDataParallel(make_model())
     messages["wrapped"] = message_of(make_engine, ds_config(distopt=algorithm), wrapped)
+    messages["overlap"] = message_of(attach, make_engine(ds_config(), wrapped), algorithm, overlap=False)
     embedding = nn.Sequential(nn.Embedding(5, 3, sparse=True))
     messages["sparse"] = message_of(attach, make_engine(ds_config(), embedding), algorithm)
     return messages
 
 
-def different_blocks():
-    block = {"algorithm": "topk", "density": 0.5 if dist.get_rank() else 0.25}
+def different_blocks(first, second):
+    block = {"algorithm": "topk", "density": 0.25, **(second if dist.get_rank() else first)}
     return message_of(make_engine, ds_config(distopt=block))
+
+
+def on_one_rank_only(method, good, bad):
+    """Rank 1 cannot write to the folder: what both ranks hear, and what is left on the engine."""
+    from distopt.integrations.deepspeed import attach
+
+    folder = bad if dist.get_rank() else good
+    engine = make_engine(ds_config(momentum=0.9))
+    block = {"algorithm": "dgc", "density": 0.5, **({"log": {"folder": folder}} if method == "log" else {})}
+    if method == "log":
+        return message_of(attach, engine, block), ours_on(engine)
+    attach(engine, block)
+    return message_of(engine.save_checkpoint, folder), []
+
+
+def coalesced():
+    from distopt.integrations.deepspeed import attach
+
+    config = ds_config(zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True)
+    engine = make_engine(config)
+    attachment = attach(engine, {"algorithm": "topk", "density": 0.5})
+    message = message_of(engine.coalesce_grad_reduction)
+    attachment.detach()
+    with engine.coalesce_grad_reduction():
+        return message
+
+
+def goes_back(folder):
+    """Six steps with a checkpoint after each, then the first after an earlier one."""
+    block = {"algorithm": "topk", "density": 0.5, "checkpoint": {"folder": folder, "every": 1, "keep": 2}}
+    engine = make_engine(ds_config(distopt=block))
+    train(engine, 0, 2)
+    engine.save_checkpoint(folder, tag="kept")
+    train(engine, 2, 6)
+    engine.load_checkpoint(folder, tag="kept")
+    train(engine, 2, 3)
+    engine.load_checkpoint(folder)
+    return engine.global_steps
 
 
 def from_files(folder):
@@ -297,6 +332,8 @@ def held_back_after_load(block, folder):
     engine = make_engine(ds_config(momentum=0.9, distopt=block))
     engine.load_checkpoint(folder, tag="two")
     held = held_back(engine)
+    engine.save_checkpoint(folder, tag="two")  # in place of what two ranks have saved
+    engine.load_checkpoint(folder, tag="two")
     train(engine, 3, 5)
     return {"held": held, "weights": weights(engine)}
 
@@ -344,4 +381,7 @@ def not_finite(nonfinite, bf16):
     loss = nn.functional.cross_entropy(engine(inputs).float(), labels[:8])
     engine.backward(loss * (float("nan") if dist.get_rank() else 1.0))
     message = message_of(engine.step)
-    return message, same([before], [weights(engine)])
+    unmoved = same([before], [weights(engine)])
+    engine.zero_grad()
+    train(engine, 3, 4)  # who has caught the error may go on
+    return message, unmoved and not same([before], [weights(engine)])

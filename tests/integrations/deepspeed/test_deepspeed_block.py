@@ -66,6 +66,7 @@ REFUSED = {
         "offload_optimizer.device, got 'cpu'",
     ),
     "fp16": ({"fp16": {"enabled": True}}, 'fp16.enabled, got True; use "bf16"'),
+    "apex": ({"amp": {"enabled": True}}, 'amp.enabled, got True; use "bf16"'),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'use "bfloat16"'),
     "prescale": ({"prescale_gradients": True}, "prescale_gradients, got True; set it to false"),
     "predivide": ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor, got 2.0; set it to 1.0"),

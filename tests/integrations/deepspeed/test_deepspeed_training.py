@@ -116,8 +116,9 @@ def test_a_compiled_engine_trains_as_one_that_is_not(pool):
     assert pool(cases.compiled) == [True, True]
 
 
-def test_a_second_backward_pass_at_the_boundary_is_refused(pool):
-    for message in pool(cases.backward_twice):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_second_backward_pass_at_the_boundary_is_refused(pool, overlap):
+    for message in pool(cases.backward_twice, overlap):
         assert "second one at the boundary" in message
 
 
@@ -137,11 +138,40 @@ def test_what_is_found_on_an_engine_is_refused_at_attach(pool):
         assert "attach once" in messages["twice"]
         assert "DistributedDataParallel" in messages["wrapped"]
         assert "sparse=True" in messages["sparse"]
+        assert "got overlap=False" in messages["overlap"]
 
 
-def test_ranks_with_different_blocks_are_told(pool):
-    for message in pool(cases.different_blocks):
-        assert "density" in message
+def test_a_reduction_past_the_seam_of_zero_1_is_refused(pool):
+    for message in pool(cases.coalesced):
+        assert "use gradient_accumulation_steps" in message
+
+
+@pytest.mark.parametrize("method", ["log", "save"])
+def test_a_rank_that_cannot_write_keeps_no_other_waiting(pool, method, tmp_path):
+    (tmp_path / "file").touch()
+    told = pool(cases.on_one_rank_only, method, str(tmp_path / "folder"), str(tmp_path / "file"))
+    assert f"rank 1 cannot {'write the log' if method == 'log' else 'save'}" in told[0][0]
+    assert "file" in told[1][0]
+    assert [left for _, left in told] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "second"),
+    [
+        ("density", {}, {"density": 0.5}),
+        ("overlap", {}, {"overlap": True}),
+        ("bucket_cap_mb", {}, {"bucket_cap_mb": 1}),
+        ("checkpoint", {}, {"checkpoint": {"every": 3}}),
+    ],
+)
+def test_ranks_with_different_blocks_are_told(pool, key, first, second):
+    for message in pool(cases.different_blocks, first, second):
+        assert message.startswith("DesyncError: every rank must attach with the same")
+        assert key in message
+
+
+def test_what_a_run_that_goes_back_has_saved_is_kept(pool, tmp_path):
+    assert pool(cases.goes_back, str(tmp_path)) == [3, 3]
 
 
 def test_the_log_and_every_nth_checkpoint_are_written(pool, tmp_path):
