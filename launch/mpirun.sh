@@ -41,6 +41,9 @@ fail() {
   exit 2
 }
 [[ $RANKS =~ ^[1-9][0-9]{0,4}$ ]] || fail "RANKS must be a number of ranks, got '$RANKS'"
+if [ -n "${INTERFACE:-}" ] && [ -z "${MASTER:-}" ]; then
+  fail "INTERFACE is for gloo, with MASTER; for MPI's own messages use MPIRUN_OPTIONS='--mca btl_tcp_if_include $INTERFACE'"
+fi
 options=(-n "$RANKS" --bind-to none)
 case ${FAULTS:-tolerate} in
   tolerate) options+=(--with-ft ulfm --enable-recovery) ;;

@@ -37,6 +37,7 @@ case ${RENDEZVOUS:-static} in
     options+=(--node-rank "$NODE_RANK" --master-addr "$MASTER" --master-port "${PORT:-29500}")
     ;;
   c10d)
+    [ -z "${NODE_RANK:-}" ] || fail "hosts have no numbers with c10d, got NODE_RANK=$NODE_RANK; leave it out"
     options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER:${PORT:-29500}" --rdzv-id "${JOB:-distopt}")
     [ -z "${ADDRESS:-}" ] || options+=(--local-addr "$ADDRESS")
     ;;

@@ -67,8 +67,10 @@ class Attached:
 
     def detach(self) -> None:
         """Gives momentum and weight decay back to the optimizer and plain averaging to DDP. Collective."""
-        self._end()
-        self.attachment.detach()
+        try:
+            self._end()
+        finally:
+            self.attachment.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +78,10 @@ class Attached:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
-        self.attachment.__exit__(kind, error, traceback)
+        try:
+            self._end()
+        finally:
+            self.attachment.__exit__(kind, error, traceback)
 
     def _end(self) -> None:
         if self.recorder is not None:

@@ -182,6 +182,17 @@ def test_ranks_under_mpirun_outlive_a_killed_one_unless_told_otherwise(tmp_path)
             {"NODES": "2", "MASTER": "a", "RENDEZVOUS": "etcd"},
             "RENDEZVOUS must be static or c10d, got 'etcd'",
         ),
+        (
+            "torchrun_multinode.sh",
+            {"NODES": "2", "MASTER": "a", "RENDEZVOUS": "c10d", "NODE_RANK": "1"},
+            "hosts have no numbers with c10d, got NODE_RANK=1",
+        ),
+        ("mpirun.sh", {"RANKS": "2", "INTERFACE": "eth1"}, "--mca btl_tcp_if_include eth1"),
+        (
+            "slurm.sbatch",
+            {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "DRY_RUN": "1", "RANKS": "0"},
+            "RANKS must be a number of ranks, got '0'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused(starter, settings, said):
