@@ -102,7 +102,6 @@ TINY = ["--data", "digits", "--model", "mlp", "--steps", "12"]
 
 
 @pytest.mark.job
-@pytest.mark.job
 def test_compare_of_a_jobs_file(warm_python, tmp_path):
     (tmp_path / "distopt.toml").write_text(json.dumps(FILE).replace('": ', '" = ')[1:-1].replace(', "', '\n"'))
     arguments = ["compare", *TINY, "--config", tmp_path / "distopt.toml", "--out", tmp_path]
@@ -114,6 +113,7 @@ def test_compare_of_a_jobs_file(warm_python, tmp_path):
     assert topk["ratio_last_step"] == pytest.approx(dgc["ratio_last_step"], rel=0.2)
 
 
+@pytest.mark.job
 def test_compare_trains_three_ways_and_leaves_table_plot_and_figures(warm_python, tmp_path):
     ran = warm_python.run("from distopt.cli import main; main()", "compare", *TINY, "--out", tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr

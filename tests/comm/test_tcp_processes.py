@@ -12,14 +12,14 @@ import torch
 from distopt.comm import TCPPeer, TCPServer
 from stars import SECRET, close, wait_until
 
+pytestmark = pytest.mark.job
+
 SIZE = 4
 LONGEST = 1 << 20
 HEAD = """
 import os, signal, sys, time
 import torch
 from distopt.comm import TCPPeer, TCPServer
-
-pytestmark = pytest.mark.job
 
 address, rank = sys.argv[1], int(sys.argv[2])
 secret, size, longest = b"a secret of a test, and long enough", 4, 1 << 20

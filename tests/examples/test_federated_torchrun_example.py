@@ -13,13 +13,13 @@ import mpirun
 import netns
 from example_ranks import AS_IT_IS, EXAMPLES, free_port
 
+pytestmark = pytest.mark.job
+
 EXAMPLE = EXAMPLES / "federated_torchrun.py"
 ROUNDS, DEADLINE_S = 20, 240
 ARGUMENTS = ["--rounds", str(ROUNDS), "--data", "digits"]
 ELSEWHERE = """
 import socket, time
-
-pytestmark = pytest.mark.job
 while True:
     try:
         socket.create_connection(("10.88.0.1", 7000), 5).close()
