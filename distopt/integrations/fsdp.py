@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distopt import observe
-from distopt.comm import agree
+from distopt.comm import agree, raise_together
 from distopt.ddp.algorithm import DDPAlgorithm
 from distopt.ddp.attachment import Attachment
 from distopt.ddp.bucket import FlatBucket
 from distopt.ddp.compatibility import check_embeddings
 from distopt.ddp.hook import CommHook
 from distopt.ddp.host import FeedHost
-from distopt.errors import CompatibilityError
+from distopt.errors import CompatibilityError, DistoptError
 from distopt.job import Job, JobSource
 
 
@@ -72,12 +72,43 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, job: JobSource, *
             "FSDP hands over one group of parameters at a time, got an algorithm that must see the whole gradient "
             "first; leave out clip and nonfinite='skip'"
         )
-    host = ShardedHost.of(model, mesh)
-    host.check_replicas()
-    attachment = algorithm.attach_to(host, optimizer)
-    if loaded.log is not None:
-        observe.record(attachment, optimizer, loaded.log)
+    _check_mesh(mesh)
+    host, attachment, recorder, problem = None, None, None, None
+    try:
+        host = ShardedHost(model, mesh, one_backward=algorithm.corrects_momentum)
+    except DistoptError as error:
+        problem = error
+    _raise_on_all(problem, mesh)
+    assert host is not None
+    try:
+        host.check_replicas()
+        attachment = algorithm.attach_to(host, optimizer)
+        if loaded.log is not None:
+            recorder = observe.record(attachment, optimizer, loaded.log)
+    except DistoptError as error:
+        problem = error
+    try:
+        _raise_on_all(problem, mesh)
+    except DistoptError:
+        if recorder is not None:
+            recorder.close()
+        if attachment is not None:  # then also on the other ranks with this shard
+            attachment.detach()
+        raise
+    assert attachment is not None
     return attachment
+
+
+def _raise_on_all(problem: DistoptError | None, mesh: DeviceMesh) -> None:
+    """Raises on every rank of the mesh if any has a problem: those with other shards would wait in FSDP. Collective."""
+    for dimension, whose in enumerate(("with its shard", "of its replica")):
+        try:
+            what = f"of those {whose} cannot attach"
+            raise_together(problem, mesh.get_group(dimension), torch.device(mesh.device_type), what=what)
+        except DistoptError as error:
+            problem = error
+    if problem is not None:
+        raise problem
 
 
 class ShardedHost(FeedHost):
@@ -86,15 +117,15 @@ class ShardedHost(FeedHost):
     Args:
         model: See `attach`.
         mesh: See `attach`.
+        one_backward: Whether each step must have one backward pass, since each adds momentum.
 
     Raises:
         CompatibilityError: They do not fit.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        _check_mesh(mesh)
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, one_backward: bool) -> None:
         check_embeddings(model)
-        self._groups = [_Group(group, number) for number, group in enumerate(_groups_of(model))]
+        self._groups = list(_groups_of(model))
         shard_ranks = dist.get_process_group_ranks(mesh.get_group(1))
         for group in self._groups:
             group.check(shard_ranks)
@@ -111,18 +142,7 @@ class ShardedHost(FeedHost):
         # Where there are fewer rows than ranks, this one may have nothing of a group.
         self._filled = [group for group in self._groups if any(shard.local.numel() for shard in group.shards)]
         self._seen: set[int] = set()  # of these, in the backward pass under way
-
-    @classmethod
-    def of(cls, model: nn.Module, mesh: DeviceMesh) -> "ShardedHost":
-        """The host of a model that had an attachment before, or a new one.
-
-        Raises:
-            CompatibilityError: The model or the mesh does not fit; says what to change.
-        """
-        for hook in (group.hook for group in _groups_of(model)):
-            if isinstance(found := getattr(hook, "host", None), cls):
-                return found
-        return cls(model, mesh)
+        self._one_backward = one_backward
 
     def check_replicas(self) -> None:
         """Raises `DesyncError` unless this shard is equal on all replicas. Collective."""
@@ -136,7 +156,9 @@ class ShardedHost(FeedHost):
         """See `Host.claim`."""
         super().claim()
         for group in self._groups:
-            if group.hook is not None and getattr(group.hook, "host", None) is not self:
+            if isinstance(group.hook, _Hook):
+                FeedHost.claim(group.hook.host)  # an earlier one, which must be detached
+            elif group.hook is not None:
                 raise CompatibilityError(
                     f"the all-reduce hook of FSDP must be free, got {group.hook!r} on {group.name!r}; do not call "
                     "set_all_reduce_hook on a model that distopt is attached to"
@@ -152,6 +174,12 @@ class ShardedHost(FeedHost):
     @torch.no_grad()
     def reduce(self, group: "_Group", reduced: Tensor) -> None:
         """Makes the update of a reduce-scatter's output, in place: (padded elements of the shards,), float32."""
+        if self._one_backward and self._hook is not None and any(s.parameter.grad is not None for s in group.shards):
+            raise CompatibilityError(
+                f"each step must have one backward pass that is reduced, got another one with gradients of "
+                f"{group.name!r} there; accumulate under set_requires_gradient_sync(False), and call zero_grad() after "
+                "each step with set_to_none=True"
+            )
         shards = group.laid_out(reduced)
         if not shards:
             return
@@ -174,7 +202,7 @@ class ShardedHost(FeedHost):
 
 
 class _Hook:
-    """What FSDP calls; it knows its host, so that a later attach finds it."""
+    """What FSDP calls; it knows its host, so that a later attach finds out whether that one is still at work."""
 
     def __init__(self, host: ShardedHost, group: "_Group") -> None:
         self.host, self._group = host, group
@@ -205,8 +233,8 @@ class _Shard:
 class _Group:
     """The parameters that FSDP reduces together."""
 
-    def __init__(self, found: "_Found", number: int) -> None:
-        self.module, self._group, self.number, self.name = found.module, found.group, number, found.name
+    def __init__(self, module: FSDPModule, name: str, group: Any, *, number: int) -> None:
+        self.module, self.name, self._group, self.number = module, name, group, number
         self.shards = [_Shard(each) for each in self._group.fsdp_params if each.sharded_param.requires_grad]
 
     @property
@@ -231,6 +259,15 @@ class _Group:
             raise CompatibilityError(
                 f"gradients must be divided by the number of ranks, got set_gradient_divide_factor on {self.name!r}; "
                 "do not call it, and scale the loss instead"
+            )
+        if getattr(self._group, "force_sum_reduction_for_comms", False):  # FSDP then divides after the hook
+            raise CompatibilityError(
+                f"gradients must be averaged by the reduce-scatter, got set_force_sum_reduction_for_comms(True) on "
+                f"{self.name!r}; leave it False"
+            )
+        if isinstance(self._group.offload_policy, CPUOffloadPolicy):
+            raise CompatibilityError(
+                f"shards must be where their gradients are, got CPUOffloadPolicy on {self.name!r}; leave it out"
             )
         for shard in self.shards:
             policy = self._group.mp_policy
@@ -267,19 +304,7 @@ class _Group:
         return found
 
 
-class _Found:
-    """A group of parameters in FSDP's own words."""
-
-    def __init__(self, module: FSDPModule, name: str, group: Any) -> None:
-        self.module, self.name, self.group = module, name, group
-
-    @property
-    def hook(self) -> Any:
-        """The hook that it has now."""
-        return self.group._all_reduce_hook
-
-
-def _groups_of(model: nn.Module) -> Iterator[_Found]:
+def _groups_of(model: nn.Module) -> Iterator[_Group]:
     """Those with trained parameters, in the order of the modules.
 
     Raises:
@@ -291,8 +316,8 @@ def _groups_of(model: nn.Module) -> Iterator[_Found]:
             continue
         for group in module._get_fsdp_state()._fsdp_param_groups:
             if id(group) not in seen and any(each.sharded_param.requires_grad for each in group.fsdp_params):
+                yield _Group(module, name or "the model", group, number=len(seen))
                 seen.add(id(group))
-                yield _Found(module, name or "the model", group)
     if not seen:
         raise CompatibilityError(
             f"the model must be sharded by torch.distributed.fsdp.fully_shard, got {type(model).__name__} without; "

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import distopt
 from distopt.integrations import fsdp
@@ -173,6 +173,20 @@ def refusals():
             next(model.parameters()).to_local().add_(mesh.get_local_rank(0))
         return model
 
+    def summed():
+        model = sharded()
+        model.set_force_sum_reduction_for_comms(True)
+        return model
+
+    def attached_before():
+        model = sharded()
+        fsdp.attach(model, make_optimizer(model), distopt.TopK(density=0.5), mesh=mesh).detach()
+        model.set_gradient_divide_factor(3.0)
+        return model
+
+    refused("summed", summed)
+    refused("attached before", attached_before)
+    refused("offload", lambda: sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)))
     refused("one dimension", sharded, mesh=mesh["shard"])
     refused("no mesh", sharded, mesh=None)
     refused("both dimensions", lambda: make_model(mesh))
@@ -198,4 +212,33 @@ def refusals():
             model[0](torch.ones(1, 9)).sum().backward()
         except distopt.DistoptError as error:
             told["a part of the model"] = str(error)
+    model = sharded()
+    with fsdp.attach(model, make_optimizer(model), distopt.DGC(density=0.5), mesh=mesh):
+        try:
+            for _ in range(2):
+                model(torch.ones(1, 9)).sum().backward()
+        except distopt.DistoptError as error:
+            told["two backward passes"] = str(error)
     return told
+
+
+def one_rank_differs(what, folder):
+    """What each rank hears, and whether the optimizer is as it was."""
+    mesh = mesh_of(2, 2)
+    model = make_model(mesh["shard"])
+    optimizer = make_optimizer(model)
+    job = {"algorithm": "dgc", "density": 0.5, "log": {"folder": str(folder / "log")}}
+    if dist.get_rank() == 3:
+        if what == "weights":
+            with torch.no_grad():
+                next(model.parameters()).to_local().add_(1)
+        elif what == "model":
+            model.set_gradient_divide_factor(3.0)
+        else:
+            (folder / "file").touch()
+            job["log"]["folder"] = str(folder / "file")
+    try:
+        fsdp.attach(model, optimizer, job, mesh=mesh)
+    except distopt.DistoptError as error:
+        return str(error), [group["momentum"] for group in optimizer.param_groups]
+    return "attached", []

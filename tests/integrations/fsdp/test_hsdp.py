@@ -76,6 +76,20 @@ def test_refusals_say_what_to_change(ranks, hsdp):
             "family": "got 'gossip'; use one of these",
             "checkpoint": "got a table checkpoint; leave it out",
             "twice": "call detach() on the first",
+            "summed": "got set_force_sum_reduction_for_comms(True) on 'the model'",
+            "attached before": "got set_gradient_divide_factor on 'the model'",
+            "offload": "got CPUOffloadPolicy on 'the model'",
+            "two backward passes": "accumulate under set_requires_gradient_sync(False)",
             "a part of the model": "once, got '0' again before",
         }.items():
             assert words in told.get(name, "nothing was refused"), name
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("weights", "seed all replicas alike"), ("model", "set_gradient_divide_factor"), ("log", "file")],
+)
+def test_what_one_rank_has_wrong_all_ranks_hear(ranks, hsdp, what, words, tmp_path):
+    for message, momentum in ranks(4)(hsdp.one_rank_differs, what, tmp_path):
+        assert words in message
+        assert momentum == [0.9]
