@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from distopt.checkpoint_folder import CheckpointFolder
 from distopt.errors import ConfigError
 from distopt.federated import FederatedAlgorithm
 from distopt.job import Job
+from distopt.job.checkpoint_folder import CheckpointFolder
 
 _MODELS = {
     "ddp": "a DistributedDataParallel model",

@@ -11,8 +11,8 @@ from document_blocks import ROOT
 import distopt
 
 SOURCE = ROOT / "docs" / "api"
-WITH_NAMES = ("ddp", "coding", "gossip", "federated", "ops", "compress", "comm", "observe")
-WITHOUT_LIST = ("checkpoint", "config", "errors", "job")
+WITH_NAMES = ("ddp", "coding", "gossip", "federated", "job", "ops", "compress", "comm", "observe")
+WITHOUT_LIST = ("checkpoint", "config", "errors")
 ADAPTER = re.compile(r"^(__all__ = |def (attach|initialize)\(|class DistoptCallback\b)", re.MULTILINE)
 
 
@@ -45,8 +45,9 @@ def built(tmp_path_factory):
 
 
 def described(name, subject, inventory):
-    """Under the name, or under the one where it is defined."""
-    return {name, f"{getattr(subject, '__module__', None)}.{getattr(subject, '__qualname__', None)}"} & inventory
+    """Under the name, where it is defined, or in a package around that module."""
+    module, own = str(getattr(subject, "__module__", "")).split("."), getattr(subject, "__qualname__", None)
+    return {name, *(f"{'.'.join(module[:n])}.{own}" for n in range(2, len(module) + 1))} & inventory
 
 
 @pytest.mark.job

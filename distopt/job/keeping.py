@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from distopt import checkpoint
-from distopt.checkpoint_folder import CheckpointFolder, Mark, Part, load_parts, save_parts
 from distopt.comm import gather_json, raise_together
 from distopt.errors import (
     CompatibilityError,
@@ -28,6 +27,7 @@ from distopt.errors import (
     StateMismatchError,
     in_a_line,
 )
+from distopt.job.checkpoint_folder import CheckpointFolder, Mark, Part, load_parts, save_parts
 
 _log = logging.getLogger("distopt")
 _CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """A job described once: which algorithm, where its checkpoints lie, what is logged.
 
-`Job.load("distopt.toml").attach(model, optimizer)` does what it says (see `distopt.run`).
+`Job.load("distopt.toml").attach(model, optimizer)` does what it says (see `distopt.job.run`).
 
 The same description is written as `distopt.toml` (or JSON), as the block "distopt" of a DeepSpeed config, or as a plain
 mapping: the algorithm's own keys, and beside them the tables `checkpoint` and `log`::
@@ -31,8 +31,8 @@ from distopt.config import Algorithm, Configurable, check_count, check_switch
 from distopt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from distopt.checkpoint_folder import Part
-    from distopt.run import Run
+    from distopt.job.checkpoint_folder import Part
+    from distopt.job.run import Run
 
 JobSource: TypeAlias = "Job | Algorithm | Mapping[str, Any] | str | os.PathLike[str]"
 
@@ -162,7 +162,7 @@ class Job:
             StateMismatchError: The checkpoint is of another model, optimizer or algorithm.
             ConfigError: A folder cannot be written, a part has a name that is taken, or an option is unknown.
         """
-        from distopt.run import Run  # which brings the families, and they need no job
+        from distopt.job.run import Run  # which brings the families, and they need no job
 
         own = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         for name, part in (parts or {}).items():

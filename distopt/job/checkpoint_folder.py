@@ -3,7 +3,7 @@
 Each has a folder of its own below it, `step-1200` or `epoch-3` by what the training loop counts. It is written under
 another name and renamed when every file is there, so one that a crash cut off is never taken for a complete one.
 
-Limits: no word to other ranks; one process completes and removes (see `distopt.keeping`).
+Limits: no word to other ranks; one process completes and removes (see `distopt.job.keeping`).
 """
 
 import hashlib

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from distopt import observe
-from distopt.checkpoint_folder import CheckpointFolder, Mark, Part
 from distopt.config import check_count
 from distopt.errors import CompatibilityError, ConfigError, StateMismatchError
-from distopt.keeping import Keeper, keeper_for
+from distopt.job.checkpoint_folder import CheckpointFolder, Mark, Part
+from distopt.job.keeping import Keeper, keeper_for
 
 if TYPE_CHECKING:
-    from distopt.job import Job  # which imports this module, to make runs
+    from distopt.job.description import Job  # which imports this module, to make runs
 
 _log = logging.getLogger("distopt")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from distopt.checkpoint_folder import CheckpointFolder, Mark, load_parts, save_parts
 from distopt.errors import CompatibilityError, StateMismatchError
+from distopt.job.checkpoint_folder import CheckpointFolder, Mark, load_parts, save_parts
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt.checkpoint_folder import CheckpointFolder, Mark
 from distopt.errors import CompatibilityError, ConfigError, DistoptError, StateMismatchError
-from distopt.keeping import keeper_for
+from distopt.job.checkpoint_folder import CheckpointFolder, Mark
+from distopt.job.keeping import keeper_for
 
 DGC = {"algorithm": "dgc", "density": 0.1, "exchange": "allgather"}
 GOSSIP = {"algorithm": "gossip", "topology": "ring", "correction": "off"}
@@ -121,9 +121,9 @@ def test_a_checkpoint_of_another_model_or_damaged_is_refused_on_every_rank(ranks
 
 
 def on_folders_of_their_own(folder):
-    import distopt.keeping
+    import distopt.job.keeping
 
-    distopt.keeping._APPEARS_S = 0.1
+    distopt.job.keeping._APPEARS_S = 0.1
     return on_refusal(DGC, folder, wrong=1)
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_is_not_shared_is_noticed_before_the_first_step(ranks, tmp
 
 
 def on_a_full_disk(folder, error):
-    from distopt import checkpoint_folder
+    from distopt.job import checkpoint_folder
 
     def full(*_):
         raise error
@@ -255,7 +255,7 @@ def others_write(folder, rank, but=()):
 
 
 def test_a_checkpoint_without_the_files_of_a_rank_does_not_count(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("distopt.keeping._APPEARS_S", 0.1)
+    monkeypatch.setattr("distopt.job.keeping._APPEARS_S", 0.1)
     rank, folder = Leaving(9), CheckpointFolder(tmp_path / "checkpoints", keep=2)
     rank.consensus_distance = others_write(folder, rank, but=[2])
     with caplog.at_level("WARNING", "distopt"):
@@ -269,7 +269,7 @@ def test_a_checkpoint_during_which_a_rank_goes_does_not_count(tmp_path, caplog, 
     leaving = Leaving(at)
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     keeper = keeper_for(folder, leaving, {"model": nn.Linear(1, 1)})
-    monkeypatch.setattr("distopt.keeping._APPEARS_S", 0.1)
+    monkeypatch.setattr("distopt.job.keeping._APPEARS_S", 0.1)
     monkeypatch.setattr(leaving, "consensus_distance", others_write(folder, leaving))
     with caplog.at_level("WARNING", "distopt"):
         keeper.save(Mark("step", 7))
