@@ -240,6 +240,7 @@ def test_what_slurm_is_asked_for(tmp_path, dry):
 @pytest.mark.parametrize("script", sorted(each.name for each in LAUNCH.iterdir() if each.suffix in (".sh", ".sbatch")))
 def test_a_header_says_how_to_start_and_what_to_change(script):
     text = (LAUNCH / script).read_text()
+    assert os.access(LAUNCH / script, os.X_OK)  # docs type its name alone
     assert subprocess.run(["bash", "-n", str(LAUNCH / script)], check=False).returncode == 0
     header = "\n".join(line for line in text.partition("set -euo pipefail")[0].splitlines() if line.startswith("#"))
     assert "What to change" in header or "Options" in header
