@@ -9,11 +9,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distopt.cli.doctor.facts import collect
+from distopt.cli.doctor.facts import collect, probing_address
 from distopt.cli.doctor.findings import judge
 from distopt.cli.doctor.meeting import Meeting, Seat, find_seat, rank_keys
 from distopt.cli.doctor.probe import ProbeServer, probe, reach
-from distopt.comm.address import is_loopback
 from distopt.errors import ConfigError
 
 _CONNECT_S = 3.0  # hosts that can reach each other do so within a second
@@ -81,14 +80,6 @@ def _who_came(seat: Seat, meeting: Meeting) -> dict[int, dict[str, Any]]:
             "a longer --deadline"
         )
     return meeting.collect(rank_keys("facts", present), within_s=meeting.left_s)
-
-
-def probing_address(facts: dict[str, Any]) -> str:
-    """Where a host is measured: at the address that gloo gives out, unless that is of no use to other hosts."""
-    gloo: str | None = facts["gloo_address"]
-    if gloo is not None and not is_loopback(gloo):
-        return gloo
-    return facts["routed_address"] or "127.0.0.1"
 
 
 def measurers(facts: dict[int, dict[str, Any]]) -> list[int]:

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def routed_address(towards: str | None) -> str | None:
         pass
     addresses = [each["address"] for each in interfaces() if each["address"] and each["up"]]
     return next((address for address in addresses if not is_loopback(address)), next(iter(addresses), None))
+
+
+def probing_address(facts: Mapping[str, Any]) -> str:
+    """Where a host is reached: at the address that gloo gives out, unless that is of no use to other hosts."""
+    gloo: str | None = facts["gloo_address"]
+    if gloo is not None and not is_loopback(gloo):
+        return gloo
+    return facts["routed_address"] or "127.0.0.1"
 
 
 def cores() -> float:

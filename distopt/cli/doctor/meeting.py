@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from torch._C import _distributed_c10d as _c10d
 
+from distopt.cli.doctor.facts import gloo_address, probing_address, routed_address
 from distopt.comm import load_mpi
 from distopt.errors import ConfigError, PeerLostError
 
@@ -67,6 +68,10 @@ def find_seat(environ: Mapping[str, str] = os.environ) -> Seat:
         )
     agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
     port = _number(environ, "MASTER_PORT")
+    if not 0 < port <= 65535:
+        raise ConfigError(
+            f"MASTER_PORT must be a port, 1 to 65535, got {port}; use 29500, or another that is free there"
+        )
     return Seat(rank=rank, size=size, master=environ["MASTER_ADDR"], port=port, serves=rank == 0 and not agent)
 
 
@@ -85,18 +90,11 @@ def _by_mpi(rank: int, size: int) -> Seat:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        addresses = sorted({each[4][0] for each in _resolved(socket.gethostname())} - {"127.0.0.1", "127.0.1.1"})
-        told[:] = json.dumps([addresses[0] if addresses else "127.0.0.1", port]).encode().ljust(256)
+        address = probing_address({"gloo_address": gloo_address()[0], "routed_address": routed_address(None)})
+        told[:] = json.dumps([address, port]).encode().ljust(256)
     world.Bcast(told, root=0)
     master, port = json.loads(bytes(told))
     return Seat(rank=rank, size=size, master=str(master), port=int(port), serves=rank == 0)
-
-
-def _resolved(name: str) -> list[Any]:
-    try:
-        return socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError:
-        return []
 
 
 class Meeting:

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from distopt.cli.doctor import judge, show, status
-from distopt.cli.doctor.examination import measurers, probing_address, rounds
+from distopt.cli.doctor.examination import measurers, rounds
+from distopt.cli.doctor.facts import probing_address
 
 HOSTS = 3
 

@@ -69,6 +69,7 @@ def test_what_the_launcher_says(environ, seat):
         (TORCH | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR must be an address of rank 0's host"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT must be a number, got None"),
+        (TORCH | {"MASTER_PORT": "99999"}, "MASTER_PORT must be a port, 1 to 65535, got 99999"),
     ],
 )
 def test_a_launcher_that_says_too_little(environ, said):
