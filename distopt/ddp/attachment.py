@@ -199,7 +199,7 @@ class Attachment:
             states.check(state_dict, self._tracked, self.algorithm.name)
             if state_dict.get("shard", "") != self.shard:
                 raise StateMismatchError(
-                    f"the state must be of shard {self.shard or 'of no sharded model'}, got "
+                    f"the state must be of {f'shard {self.shard}' if self.shard else 'a model without shards'}, got "
                     f"{state_dict.get('shard') or 'none'}; give each rank the file that it has saved"
                 )
         except StateMismatchError as error:
@@ -247,6 +247,17 @@ class Attachment:
         self.take_over_again()
         self._hook.start_at(0, sends_whole=self._hook.sends_whole)
         self._stepped = 0
+
+    def raise_failure(self) -> None:
+        """For a host with collectives of its own before the optimizer's step, which would wait for a lost rank.
+
+        Raises:
+            DistoptError: What went wrong in the latest exchange, once; of a lost rank, from then on.
+        """
+        failure = self._hook.take_failure()
+        if failure is not None:
+            self._peers.tell()
+            raise failure
 
     def raise_together(self, problem: DistoptError | None) -> None:
         """Raises on every rank if any rank has a problem, so that none waits for the others. Collective."""
@@ -357,10 +368,7 @@ class Attachment:
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Where errors of the exchange reach the user, and where a step left out is kept from the optimizer."""
-        failure = self._hook.take_failure()
-        if failure is not None:
-            self._peers.tell()
-            raise failure
+        self.raise_failure()
         if self._takeover is not None:
             self._takeover.check_still_taken()
         self._step_late()

@@ -116,6 +116,7 @@ def _attach(engine: Any, block: Block) -> Attachment:
     kind = OverlapHost if block.overlap else ZeroOneHost if engine.zero_optimization_stage() == 1 else EngineHost
     host = kind(engine, bucket_cap_mb=block.bucket_cap_mb)
     attachment = block.algorithm.attach_to(host, engine.basic_optimizer)
+    _raise_before_step(engine, host, attachment)
     follow_checkpoints(engine, host, attachment)
     if block.job.checkpoint is not None:
         save_every(engine, host, block.job.checkpoint)
@@ -141,6 +142,17 @@ def _agree(engine: Any, block: Block) -> None:
         "table checkpoint": checkpoint and checkpoint.to_dict(),
     }
     agree(own, problem, group_of(engine), engine.device)
+
+
+def _raise_before_step(engine: Any, host: EngineHost | OverlapHost, attachment: Attachment) -> None:
+    """Raises errors of the exchange before DeepSpeed clips: that is a collective, which would wait for a lost rank."""
+    step = engine.step
+
+    def step_if_well(*args: Any, **kwargs: Any) -> Any:
+        attachment.raise_failure()
+        return step(*args, **kwargs)
+
+    host.patches.replace(engine, "step", step_if_well)
 
 
 def _record(engine: Any, host: EngineHost | OverlapHost, attachment: Attachment, settings: LogSettings) -> None:

@@ -183,6 +183,21 @@ def backward_twice(overlap):
     return message_of(lambda: engine.backward(nn.functional.cross_entropy(engine(images[:8]), labels[:8])))
 
 
+def lost_before_clipping():
+    import distopt
+
+    engine = make_engine(ds_config(distopt={"algorithm": "topk", "density": 0.5}))
+    images, labels = digits()
+    engine.backward(nn.functional.cross_entropy(engine(images[:8]), labels[:8]))
+
+    def clip():
+        raise AssertionError("a collective of DeepSpeed waits for the lost rank")
+
+    engine.clip_fp32_gradients = clip
+    engine.distopt._hook.fail(distopt.PeerLostError("lost rank 1", (1,)))
+    return message_of(engine.step)
+
+
 def message_of(function, *args, **kwargs):
     try:
         function(*args, **kwargs)

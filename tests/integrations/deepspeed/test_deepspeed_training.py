@@ -131,6 +131,10 @@ def test_a_gradient_that_is_not_finite_is_named_or_left_out(pool, bf16):
     assert pool(cases.not_finite, "skip", bf16) == [("", True)] * 2
 
 
+def test_a_lost_rank_is_named_before_deepspeed_waits_for_it(pool):
+    assert pool(cases.lost_before_clipping) == ["PeerLostError: lost rank 1"] * 2
+
+
 def test_what_is_found_on_an_engine_is_refused_at_attach(pool):
     for messages in pool(cases.refused_at_attach):
         assert "zero_optimization.stage, got 2" in messages["zero"]
