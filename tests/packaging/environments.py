@@ -2,26 +2,34 @@
 
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 
 def closure(*names):
-    """The distributions of these names and of all that they need without extras, as far as they are installed."""
-    found, todo = {}, list(names)
+    """The distributions of these names and of all that they need, as far as they are installed."""
+    found, seen, todo = {}, set(), [Requirement(name) for name in names]
     while todo:
-        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if name in found:
+        wanted = todo.pop()
+        name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if (name, extras) in seen:
             continue
+        seen.add((name, extras))
         try:
             found[name] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:  # of another platform
             continue
-        needs = [need for need in found[name].requires or [] if "extra ==" not in need]
-        todo += [re.match(r"[\w.-]+", need)[0] for need in needs]
+        needs = map(Requirement, found[name].requires or [])
+        todo += [need for need in needs if any(_holds(need, extra) for extra in extras | {""})]
     return found.values()
+
+
+def _holds(requirement, extra):
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def link(distributions, folder):
