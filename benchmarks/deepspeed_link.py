@@ -103,7 +103,8 @@ def main() -> None:
     if args.worker:
         work(steps, args.worker)
         return
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    with_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the hosts start `python`
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=with_python, PYTHONPATH=str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/found.json"
         script = [str(Path(__file__)), "--json", "none", "--steps", str(args.steps), "--worker", path]
