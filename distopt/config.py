@@ -67,13 +67,18 @@ class Configurable:
             cls.name = name
             cls._known[name] = cls
 
+    @classmethod
+    def settings(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """What can be set: the fields of this dataclass."""
+        return dataclasses.fields(cls)  # type: ignore[arg-type]  # every subclass is a dataclass
+
     def to_dict(self) -> dict[str, Any]:
         """This configuration as plain values that JSON and TOML can hold; `from_dict` makes an equal object of it.
 
         A field that is None, as it is by default, is left out: TOML has no null.
         """
         plain: dict[str, Any] = {self.tag: self.name}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+        for field in self.settings():
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 plain[field.name] = _to_plain(value)
@@ -96,7 +101,7 @@ class Configurable:
             remedy = _perhaps(name, known) or "add it to the configuration"
             raise ConfigError(f"{cls.tag!r} must be one of {names}, got {name!r}; {remedy}")
         made = known[name]
-        fields = {field.name: field for field in dataclasses.fields(made)}
+        fields = {field.name: field for field in made.settings()}
         if unknown := sorted(str(key) for key in rest if key not in fields):
             raise ConfigError(
                 f"unknown key {', '.join(map(repr, unknown))} for {_called(cls.tag, name)}; known keys are "

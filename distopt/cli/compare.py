@@ -4,7 +4,7 @@ All three go through the same hook, so their bytes and seconds are counted in th
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Settings:
 
 
 def _keys(algorithm: str) -> set[str]:
-    return {field.name for field in fields(type(distopt.from_config({"algorithm": algorithm})))}  # type: ignore[arg-type]
+    return {field.name for field in distopt.from_config({"algorithm": algorithm}).settings()}
 
 
 def run(jobs: dict[str, Job], out: Path, *, deadline_s: float, show: Callable[[Event], None]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """`distopt job`: what a job's file means, or what is wrong with it; and a commented file to begin with."""
 
-import dataclasses
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
             "for distopt simulate (distopt simulate --init writes that file)"
         )
     plain = Job(algorithm=algorithm).to_dict()
-    defaults = {field.name: field.default for field in dataclasses.fields(algorithm)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in algorithm.settings()}
     family = type(algorithm).__module__.split(".")[1]
     found = job.to_dict()
     newest = None

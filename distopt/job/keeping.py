@@ -101,7 +101,7 @@ class OfReplicas(Keeper):
     def __init__(self, folder: CheckpointFolder, attachment: Any, parts: Mapping[str, Part]) -> None:
         super().__init__(folder, attachment, parts)
         self._group: dist.ProcessGroup = attachment.process_group
-        self._device = next(iter(parts["model"].parameters())).device  # type: ignore[attr-defined]
+        self._device = attachment.device
 
     def save(self, mark: Mark) -> None:
         """See `Keeper.save`."""

@@ -1,7 +1,7 @@
 """Statistics as JSON can hold them, and as named numbers and texts."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -24,9 +24,9 @@ def plain(value: Any) -> Any:
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All that is no mapping and no list, with its name: the keys and places on the way to it, joined by "/"."""
     if isinstance(value, Mapping):
-        inside = value.items()
+        inside: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple):
-        inside = enumerate(value)  # type: ignore[assignment]
+        inside = enumerate(value)
     else:
         yield name, value
         return
