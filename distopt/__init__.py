@@ -5,7 +5,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import checkpoint, coding, ddp, federated, gossip, observe, ops
+from distopt import batch, checkpoint, coding, ddp, federated, gossip, observe, ops
 from distopt.coding import GradientCoding
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
@@ -38,6 +38,7 @@ __all__ = [
     "StateMismatchError",
     "TopK",
     "__version__",
+    "batch",
     "checkpoint",
     "coding",
     "ddp",

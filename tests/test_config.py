@@ -195,6 +195,7 @@ GOOD = {
     "clip_lr": [0, 0.2],
     "share_std": [None, 3.0],
     "stop_at_epsilon": [None, 3.0],
+    "cap": [None, 1, 8.0],
 }
 PRIVATE = (DIFF2, DPGD, DPFedAvg)
 GOOD_FOR = {
@@ -394,6 +395,7 @@ BAD = {
     "clip_lr": [(value, "must be a number of at least 0", "use 0.2") for value in (-0.1, math.inf, "1", None)],
     "share_std": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
     "stop_at_epsilon": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
+    "cap": [(value, "must be a number of at least 1", "use 8.0") for value in (0, 0.5, -1.0, math.inf, "8", True)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
 }
 BAD_FOR = {
