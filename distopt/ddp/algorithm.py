@@ -3,6 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -36,10 +37,12 @@ class DDPAlgorithm(Algorithm):
 
     Attributes:
         corrects_momentum: Whether the algorithm replaces the momentum of SGD (and refuses other optimizers).
+        makes_dense_mean: Whether the update is the mean of the ranks' gradients, of all entries.
         peer_timeout: Seconds of silence after which another rank is lost; 0 to not watch the others.
     """
 
     corrects_momentum: bool = False
+    makes_dense_mean: ClassVar[bool] = False
     peer_timeout: float = 120.0
 
     def attach(

@@ -3,16 +3,17 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from distopt import ops
-from distopt.comm import agree, raise_together
+from distopt.comm import agree, all_reduce_sum, raise_together
 from distopt.ddp import state as states
 from distopt.ddp.compatibility import fingerprint
 from distopt.ddp.decay import DecayMomentum
@@ -26,6 +27,7 @@ from distopt.ddp.routing import open_routes
 from distopt.ddp.takeover import Takeover, averaged_momentum
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DistoptError, StateMismatchError
+from distopt.gradients import GradientObserver
 from distopt.ops import native
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class Attachment:
             scale=scaler if self._scaled else None,
             usage=self._usage,
             peers=self._peers,
+            makes_dense_mean=algorithm.makes_dense_mean,
         )
         self._undo_keeping = host.keep_in_step(self.process_group, self._tracked)
         host.connect(self._hook)
@@ -165,6 +168,35 @@ class Attachment:
     def resume(self) -> None:
         """Compresses again from the next step on. Call it on every rank in the same step."""
         self._hook.sends_whole = False
+
+    @property
+    def makes_dense_mean(self) -> bool:
+        """Whether the exchange brings the mean of all gradients to every rank, whole and as it is."""
+        return self.algorithm.makes_dense_mean
+
+    def observe_gradients(self, observer: GradientObserver) -> RemovableHandle:
+        """Tells the observer of every step's gradients from the next step on. On every rank alike, between steps.
+
+        Returns:
+            The handle whose `remove()` ends it.
+        """
+        handle = RemovableHandle(self._hook.observers)
+        self._hook.observers[handle.id] = observer
+        return handle
+
+    def add_up(self, tensor: Tensor) -> Callable[[], int]:
+        """Starts to sum a tensor (n,) over the ranks, in place, between steps; see `distopt.gradients.Observable`.
+
+        Raises:
+            PeerLostError: From what is returned: a rank is lost.
+        """
+        future = all_reduce_sum(tensor, self.process_group)
+
+        def wait() -> int:
+            self._peers.wait(future)
+            return self.process_group.size()
+
+        return wait
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state; every rank must save its own. Tensors are shared: save or copy before the next step.

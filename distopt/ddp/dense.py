@@ -5,6 +5,7 @@ Does what DDP does without a hook, to the bit, and counts bytes and seconds in t
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from distopt.ddp.policy import StepPolicy, WirePolicy
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(DDPAlgorithm, name="dense"):
     """Average every gradient whole. NaN and Inf pass through, as in DDP."""
+
+    makes_dense_mean: ClassVar[bool] = True
 
     peer_timeout: float = 120.0  # s; shorter notices a lost rank sooner and mistakes a busy one for it; 0: no watch
 

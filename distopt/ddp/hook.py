@@ -5,10 +5,12 @@ pass. *Deferred*: what needs the whole gradient before anything may change (loca
 steps, a GradScaler) waits for the last bucket; nothing overlaps then, and `stats()["overlap"]` says so.
 """
 
+import collections
 import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +31,7 @@ from distopt.ddp.policy import Routing, StepPolicy
 from distopt.ddp.statistics import Statistics
 from distopt.ddp.unused import UsageTracker
 from distopt.errors import CompatibilityError, DesyncError, DistoptError, PeerLostError
+from distopt.gradients import GradientObserver
 from distopt.spans import span
 
 _log = logging.getLogger("distopt")
@@ -52,11 +55,13 @@ class CommHook:
         scale: The loss scale in use, or None.
         usage: Watches which parameters take part; None if all always do.
         peers: Know when ranks are lost.
+        makes_dense_mean: Whether what a bucket holds in the end is the mean of the gradients.
 
     Attributes:
         step: Completed steps; warm-up counts in these.
         sends_whole: While true, every parameter is sent whole (the off switch).
         left_out: The latest step was left out on all ranks because a gradient was not finite.
+        observers: Who is told of the gradients, by number.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class CommHook:
         scale: LossScale | None = None,
         usage: UsageTracker | None = None,
         peers: Peers | None = None,
+        makes_dense_mean: bool = False,
     ) -> None:
+        self._loss_scale = scale
         if policy.nonfinite == "ignore":  # then Inf may pass, and averaging does not mind the unit
             scale = None
         self.statistics = Statistics()
@@ -77,6 +84,12 @@ class CommHook:
         self.sends_whole = False
         self.left_out = False
         self.deferred = scale is not None or policy.clip is not None or policy.nonfinite == "skip"
+        # A RemovableHandle wants a dict that can be referred to weakly.
+        self.observers: collections.OrderedDict[int, GradientObserver] = collections.OrderedDict()
+        self._told: list[GradientObserver] | None = None  # who wants the step under way; None: nobody has been asked
+        self._told_scale = 1.0
+        self._telling = threading.Lock()
+        self._makes_dense_mean = makes_dense_mean
         self._policy = policy
         self._channels = channels
         self._group = channels.world
@@ -127,7 +140,11 @@ class CommHook:
         with self._lock:
             self._open_buckets += 1
             self._saw_last = bucket.is_last()
+        if self.observers and self._told is None:
+            self._ask_observers()
         if not self.deferred:
+            if self._told:
+                self._tell(bucket, plan)
             # Where one pass takes the gradients in, it also finds what is not finite.
             checks = self._policy.nonfinite == "error" and not plan.takes_gradients(bucket.buffer().device)
             bad = first_nonfinite(bucket) if checks else None
@@ -256,9 +273,11 @@ class CommHook:
                 gradient = shaped_like(slot.of(bucket.buffer()), slot.tracked.parameter)
                 gradient.add_(slot.tracked.parameter.detach(), alpha=slot.tracked.local_decay)
         header = Header(step=self.step, nonfinite=nonfinite, used=used)
-        return self._exchange.start(bucket, plan, header, unused=unused).then(self._bucket_done)
+        return self._exchange.start(bucket, plan, header, unused=unused).then(partial(self._bucket_done, bucket, plan))
 
-    def _bucket_done(self, future: Future[Tensor]) -> Tensor:
+    def _bucket_done(self, bucket: Bucket, plan: BucketPlan, future: Future[Tensor]) -> Tensor:
+        if self._told and self._makes_dense_mean and not self._exchange.failure:
+            self._tell(bucket, plan, averaged=True)
         with self._lock:
             self._open_buckets -= 1
             completed = self._saw_last and self._open_buckets == 0
@@ -266,7 +285,28 @@ class CommHook:
             self._end_step(skipped=bool(self._exchange.failure or self._exchange.nonfinite))
         return future.value()
 
+    def _ask_observers(self) -> None:
+        """Once in a step: who wants its gradients."""
+        self._told = [each for each in self.observers.values() if each.begin()]
+        if self._told:
+            self._told_scale = 1.0 if self._loss_scale is None else self._loss_scale.get_scale()
+
+    def _tell(self, bucket: Bucket, plan: BucketPlan, *, averaged: bool = False) -> None:
+        """Tells who listens of a bucket, which holds this rank's gradients or the mean."""
+        buffer = bucket.buffer()
+        if self._told_scale != 1.0:  # in float32: what the scale keeps from vanishing must not vanish here
+            buffer = buffer.to(torch.promote_types(buffer.dtype, torch.float32)) / self._told_scale
+        parameters = [slot.tracked.parameter for slot in plan.slots]
+        gradients = [shaped_like(slot.of(buffer), slot.tracked.parameter) for slot in plan.slots]
+        with self._telling:
+            for observer in self._told or ():
+                (observer.mean if averaged else observer.local)(parameters, gradients)
+
     def _end_step(self, *, skipped: bool) -> None:
+        told, self._told = self._told, None
+        if not skipped:
+            for observer in told or ():
+                observer.end()
         self._saw_last = False
         if self._usage is not None:
             self._usage.clear()
@@ -281,6 +321,9 @@ class CommHook:
             self._exchange.failure = error
             self._end_deferred(waiting, fill=0.0)
             return
+        if self._told:
+            for bucket, plan, _ in waiting:
+                self._tell(bucket, plan)
         scale = self._scale.get_scale() if self._scale is not None else 1.0
         factor = self._clip_factor(waiting, scale) / scale
         for bucket, plan, future in waiting:
