@@ -1,5 +1,6 @@
 """Batch sizes that grow when the gradient noise says so, and what goes with them."""
 
+from distopt.batch.adagrad_norm import AdaGradNorm
 from distopt.batch.learning_rate import AdamScale, AdaScale, LearningRateRule, Linear, SquareRoot
 
-__all__ = ["AdaScale", "AdamScale", "LearningRateRule", "Linear", "SquareRoot"]
+__all__ = ["AdaGradNorm", "AdaScale", "AdamScale", "LearningRateRule", "Linear", "SquareRoot"]
