@@ -1,6 +1,16 @@
 """Batch sizes that grow when the gradient noise says so, and what goes with them."""
 
 from distopt.batch.adagrad_norm import AdaGradNorm
+from distopt.batch.ghost_batch_norm import ghost_batch_norm_, plain_batch_norm_
 from distopt.batch.learning_rate import AdamScale, AdaScale, LearningRateRule, Linear, SquareRoot
 
-__all__ = ["AdaGradNorm", "AdaScale", "AdamScale", "LearningRateRule", "Linear", "SquareRoot"]
+__all__ = [
+    "AdaGradNorm",
+    "AdaScale",
+    "AdamScale",
+    "LearningRateRule",
+    "Linear",
+    "SquareRoot",
+    "ghost_batch_norm_",
+    "plain_batch_norm_",
+]
