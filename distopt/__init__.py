@@ -5,7 +5,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
     distopt.DGC(density=1e-3).attach(ddp_model, optimizer)
 """
 
-from distopt import batch, checkpoint, coding, ddp, federated, gossip, observe, ops
+from distopt import batch, checkpoint, coding, ddp, federated, gossip, local, observe, ops
 from distopt.coding import GradientCoding
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
@@ -20,6 +20,7 @@ from distopt.errors import (
 )
 from distopt.gossip import Gossip
 from distopt.job import Job, from_config
+from distopt.local import DiLoCo, SparseLoCo
 from distopt.version import __version__
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "DecodeError",
     "Dense",
     "DesyncError",
+    "DiLoCo",
     "DistoptError",
     "Gossip",
     "GradientCoding",
     "Job",
     "NonFiniteGradientError",
     "PeerLostError",
+    "SparseLoCo",
     "StateMismatchError",
     "TopK",
     "__version__",
@@ -45,6 +48,7 @@ __all__ = [
     "federated",
     "from_config",
     "gossip",
+    "local",
     "observe",
     "ops",
 ]

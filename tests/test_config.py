@@ -53,6 +53,7 @@ from distopt.gossip import (
     Weighted,
 )
 from distopt.job import CheckpointSettings, LogSettings
+from distopt.local import DiLoCo, SparseLoCo
 
 KINDS = Configurable.__subclasses__()
 CLASSES = [made for kind in KINDS for made in kind._known.values() if made.__module__.startswith("distopt.")]
@@ -84,7 +85,7 @@ GOOD = {
         ListWarmup(densities=(0.5,)),
     ],
     "values": ["fp32", "fp16", "bf16"],
-    "indices": ["int32", "block16"],
+    "indices": ["int32", "block16", "elias-fano"],
     "exchange": ["auto", "allgather", "balanced", "hierarchical", "dense"],
     "link": [None, Link(latency_s=1e-3, bandwidth=1.25e8), Link(latency_s=1e-5, bandwidth=1e9, reduction=4e9)],
     "ranks_per_node": [None, 1, 8],
@@ -196,6 +197,17 @@ GOOD = {
     "share_std": [None, 3.0],
     "stop_at_epsilon": [None, 3.0],
     "cap": [None, 1, 8.0],
+    "inner_steps": [1, 15, 500],
+    "warmup_rounds": [0, 10],
+    "outer_lr": [0.1, 1, 2.0],
+    "outer_momentum": [0.5, 0.99],
+    "nesterov": [False],  # True needs an outer momentum
+    "fragments": [1, 15],
+    "overlap": [0, 14],
+    "chunk": [64, 65_536],
+    "k": [1, 4096],
+    "decay": [0.5, 1],
+    "average": ["world", "senders"],
 }
 PRIVATE = (DIFF2, DPGD, DPFedAvg)
 GOOD_FOR = {
@@ -218,6 +230,11 @@ GOOD_FOR = {
     (Gossip, "exchange"): ["synchronous", "overlapped", "asynchronous"],
     (Gossip, "optimizer_state"): ["keep", "average"],
     (Gossip, "buffers"): ["keep", "average"],
+    (DiLoCo, "nesterov"): [True, False],
+    (SparseLoCo, "values"): ["2bit", "2bit-bins", "int8", "fp16", "fp32"],
+    **{(made, "buffers"): ["keep", "average"] for made in (DiLoCo, SparseLoCo)},
+    **{(made, "grace"): [0.5, 5] for made in (DiLoCo, SparseLoCo)},
+    **{(made, "peer_timeout"): [0.5, 600] for made in (DiLoCo, SparseLoCo)},
     (Gossip, "peer_timeout"): [0.5, 600],
     (Gossip, "grace"): [0.5, 5],
     (Torus, "rows"): [None, 2],
@@ -397,6 +414,17 @@ BAD = {
     "stop_at_epsilon": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
     "cap": [(value, "must be a number of at least 1", "use 8.0") for value in (0, 0.5, -1.0, math.inf, "8", True)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
+    "inner_steps": [(value, "must be an integer of at least 1", "use 15") for value in [*NOT_COUNTS, None]],
+    "warmup_rounds": [(value, "must be an integer of at least 0", "use 0") for value in (-1, 1.5, "1", True, None)],
+    "outer_lr": [(value, "must be a number above 0", "use 1.0") for value in (0, -1.0, math.nan, 1e3, "1", True, None)],
+    "outer_momentum": [(value, *DECAY_RULE) for value in NOT_DECAYS],
+    "nesterov": [(value, "must be True or False") for value in (0, 1, "no", None)],
+    "fragments": [(value, "must be an integer of at least 1", "use 1") for value in [*NOT_COUNTS, None]],
+    "overlap": [(value, "must be an integer of at least 0", "use 0") for value in (-1, 1.5, "1", True, None)],
+    "chunk": [(value, "must be an integer of at least 1", "use 4096") for value in [*NOT_COUNTS, None]],
+    "k": [(value, "must be an integer of at least 1", "use 64") for value in [*NOT_COUNTS, None]],
+    "decay": [(value, "must be a number in (0, 1]", "use 0.95") for value in (0, 1.5, math.nan, "1", True, None)],
+    "average": [(value, "must be one of 'world', 'senders'") for value in ("mean", None, True)],
 }
 BAD_FOR = {
     (Gossip, "topology"): [(value, "must be a name or a topology", "use 'ring'") for value in (3, None, Ring)],
@@ -413,9 +441,15 @@ BAD_FOR = {
     (Gossip, "optimizer_state"): [(value, "must be one of 'keep', 'average'") for value in ("reset", None)],
     (Gossip, "buffers"): [(value, "must be one of 'keep', 'average'") for value in ("mean", None)],
     **{
-        (Gossip, name): [(value, "must be a positive number of seconds") for value in (0, -1.0, math.inf, "1", None)]
+        (made, name): [(value, "must be a positive number of seconds") for value in (0, -1.0, math.inf, "1", None)]
+        for made in (Gossip, DiLoCo, SparseLoCo)
         for name in ("peer_timeout", "grace")
     },
+    **{
+        (made, "buffers"): [(value, "must be one of 'average', 'keep'") for value in ("mean", None)]
+        for made in (DiLoCo, SparseLoCo)
+    },
+    (SparseLoCo, "values"): [(value, "must be one of '2bit', '2bit-bins', 'int8'") for value in ("bf16", 2, None)],
     (Torus, "rows"): [(value, "must be an integer of at least 1", "as square as possible") for value in NOT_COUNTS],
     (RandomMatchings, "of"): [(value, "must be a topology or None", "Ring()") for value in ("ring", 3, Ring)],
     (RandomRegular, "degree"): [(value, "must be an integer of at least 2", "use 4") for value in (1, 2.5, "3", None)],
@@ -596,6 +630,21 @@ def test_a_name_belongs_to_one_class(monkeypatch):
 
         class Other(Algorithm, name="twice"):
             pass
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"nesterov": True}, r"nesterov=True needs an outer momentum .*, got outer_momentum=0; use outer_momentum=0.9"),
+        ({"inner_steps": 5, "overlap": 5}, r"overlap must be less than inner_steps=5, got 5: .*use at most 4"),
+        ({"inner_steps": 1, "overlap": 1}, r"overlap must be less than inner_steps=1, got 1: .*use at most 0"),
+        ({"inner_steps": 4, "fragments": 5}, r"fragments must be at most inner_steps=4, got 5: .*use 4 or fewer"),
+        ({"chunk": 64, "k": 65}, r"k must be at most chunk=64, got 65; use k=64 to send every entry"),
+    ],
+)
+def test_settings_of_local_steps_that_cannot_be_combined(values, said):
+    with pytest.raises(ConfigError, match=said):
+        SparseLoCo(**values)
 
 
 @pytest.mark.parametrize("mapping", [None, "dgc", 3, ["algorithm", "dgc"]])

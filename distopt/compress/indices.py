@@ -1,7 +1,8 @@
 """Formats for the positions of sent entries. Every format has a fixed size, known from (numel, count) alone.
 
 `int32` is the plain position. `block16` cuts the tensor into blocks of 65,536 entries and sends how many entries lie in
-each block and, per entry, its 16-bit offset there: half the bytes, nothing lost.
+each block and, per entry, its 16-bit offset there: half the bytes, nothing lost. `elias-fano` (in a module of its own)
+takes close to the fewest bits there can be.
 
 All of it also works on rows: dimensions before the last one are those of several sets of positions.
 
@@ -17,7 +18,7 @@ from distopt.errors import DecodeError
 
 
 class IndexFormat(ABC):
-    """Contract: `decode(encode(indices, numel), numel) == indices`, in exactly `sections(numel, count)` entries."""
+    """Contract: `decode(encode(indices, numel), numel, count) == indices`, in exactly `sections(numel, count)`."""
 
     @abstractmethod
     def sections(self, numel: int, count: int) -> tuple[tuple[torch.dtype, int], ...]:
@@ -28,7 +29,7 @@ class IndexFormat(ABC):
         """The sections for ascending int32 indices, shape (..., count), each in [0, numel)."""
 
     @abstractmethod
-    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+    def decode(self, sections: tuple[Tensor, ...], numel: int, count: int) -> Tensor:
         """The int32 indices, shape (..., count). Raises `DecodeError` if the sections contradict each other."""
 
     def nbytes(self, numel: int, count: int) -> int:
@@ -47,7 +48,7 @@ class Int32(IndexFormat):
         """See `IndexFormat.encode`."""
         return (indices,)
 
-    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+    def decode(self, sections: tuple[Tensor, ...], numel: int, count: int) -> Tensor:
         """See `IndexFormat.decode`."""
         return sections[0]
 
@@ -73,7 +74,7 @@ class Block16(IndexFormat):
         counts = counts.view(*indices.shape[:-1], blocks)
         return counts.to(counts_dtype), (indices & 0xFFFF).to(offset_dtype)
 
-    def decode(self, sections: tuple[Tensor, ...], numel: int) -> Tensor:
+    def decode(self, sections: tuple[Tensor, ...], numel: int, count: int) -> Tensor:
         """See `IndexFormat.decode`."""
         counts, offsets = sections
         if counts.dtype == torch.int16:  # torch has no 16-bit unsigned arithmetic: undo the sign
@@ -90,6 +91,3 @@ class Block16(IndexFormat):
             block_starts.repeat(len(counts)), counts.view(-1), output_size=offsets.numel()
         ).view(offsets.shape)
         return starts | (offsets.to(torch.int32) & 0xFFFF)
-
-
-INDEX_FORMATS: dict[str, IndexFormat] = {"int32": Int32(), "block16": Block16()}

@@ -122,7 +122,7 @@ class PayloadLayout:
         _, *index_views, values, _ = self._views(payload)
         if not self.count:
             return torch.empty(values.shape, dtype=torch.int32, device=payload.device), values
-        return self.index_format.decode(tuple(index_views), self.numel), values
+        return self.index_format.decode(tuple(index_views), self.numel, self.count), values
 
     def unpack_dense(self, payload: Tensor) -> Tensor:
         """The values without positions, `dense_dtype`, shape (..., num_dense), of payloads (..., nbytes).

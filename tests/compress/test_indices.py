@@ -23,7 +23,7 @@ def assert_round_trip(form, indices, numel):
     sections = form.encode(indices, numel)
     assert [(s.dtype, s.numel()) for s in sections] == list(form.sections(numel, indices.numel()))
     assert sum(s.nbytes for s in sections) == form.nbytes(numel, indices.numel())
-    decoded = form.decode(sections, numel)
+    decoded = form.decode(sections, numel, indices.numel())
     assert decoded.dtype == torch.int32
     assert torch.equal(decoded, indices)
 
@@ -78,13 +78,13 @@ def test_block16_counts_that_do_not_add_up(count, change):
     counts = counts.clone()
     counts[1] += change
     with pytest.raises(DecodeError, match=rf"the blocks announce \d+ entries and {count} arrived.*damaged"):
-        form.decode((counts, offsets), 4 * BLOCK)
+        form.decode((counts, offsets), 4 * BLOCK, count)
 
 
 def test_block16_negative_counts_that_add_up_all_the_same():
     counts = torch.tensor([-3, BLOCK + 8], dtype=torch.int32)
     with pytest.raises(DecodeError):
-        INDEX_FORMATS["block16"].decode((counts, torch.zeros(BLOCK + 5, dtype=torch.int16)), 2 * BLOCK)
+        INDEX_FORMATS["block16"].decode((counts, torch.zeros(BLOCK + 5, dtype=torch.int16)), 2 * BLOCK, BLOCK + 5)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -100,7 +100,7 @@ def test_random_sections_never_write_outside_the_tensor(name, data):
     )
     out = torch.zeros(numel)
     try:
-        indices = form.decode(sections, numel)
+        indices = form.decode(sections, numel, count)
         ops.scatter_add_(out, indices, torch.ones(count))
     except DecodeError:
         assert not out.any()

@@ -11,7 +11,7 @@ from document_blocks import ROOT
 import distopt
 
 SOURCE = ROOT / "docs" / "api"
-WITH_NAMES = ("ddp", "coding", "gossip", "federated", "batch", "job", "ops", "compress", "comm", "observe")
+WITH_NAMES = ("ddp", "coding", "gossip", "federated", "local", "batch", "job", "ops", "compress", "comm", "observe")
 WITHOUT_LIST = ("checkpoint", "config", "errors", "gradients")
 ADAPTER = re.compile(r"^(__all__ = |def (attach|initialize)\(|class DistoptCallback\b)", re.MULTILINE)
 
