@@ -3,14 +3,19 @@
 from distopt.batch.adagrad_norm import AdaGradNorm
 from distopt.batch.ghost_batch_norm import ghost_batch_norm_, plain_batch_norm_
 from distopt.batch.learning_rate import AdamScale, AdaScale, LearningRateRule, Linear, SquareRoot
+from distopt.batch.linear_decay import GradientNorms, LinearDecay, RefinedDecay, refined_decay
 
 __all__ = [
     "AdaGradNorm",
     "AdaScale",
     "AdamScale",
+    "GradientNorms",
     "LearningRateRule",
     "Linear",
+    "LinearDecay",
+    "RefinedDecay",
     "SquareRoot",
     "ghost_batch_norm_",
     "plain_batch_norm_",
+    "refined_decay",
 ]
