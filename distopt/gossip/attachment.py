@@ -5,37 +5,34 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.comm import end_quietly, parse_address, raise_together
-from distopt.errors import CompatibilityError, ConfigError, DistoptError, PeerLostError, StateMismatchError
+from distopt.comm.crew.assembly import Crew
+from distopt.comm.crew.background import Background, streams_of
+from distopt.comm.crew.exchange import Exchange
+from distopt.comm.crew.introduction import address_here, group_to_begin, introduce
+from distopt.errors import ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
-from distopt.gossip.flat import group, trained
-from distopt.gossip.introduction import address_here, changes_gradients, facts, group_to_begin, introduce
+from distopt.gossip.flat import group
+from distopt.gossip.introduction import changes_gradients, facts
 from distopt.gossip.mixing.rule import Surroundings
 from distopt.gossip.participant import AtOnce, Participant
-from distopt.gossip.ranks.background import Background, streams_of
-from distopt.gossip.ranks.crew import Crew
-from distopt.gossip.ranks.exchange import Exchange
+from distopt.gossip.ranks.rank_exchange import RankExchange
+from distopt.replica import StillAll, trained
+from distopt.step_clock import Scaler, StepClock
 
 _log = logging.getLogger("distopt")
 _FORMAT = 1
 _CPU = torch.device("cpu")
 _AT_WORK: "weakref.WeakSet[GossipAttachment]" = weakref.WeakSet()  # of this process
-
-
-class Scaler(Protocol):
-    """What is needed of a `torch.amp.GradScaler`."""
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Takes the optimizer's step, or skips it."""
 
 
 class GossipAttachment:
@@ -61,32 +58,34 @@ class GossipAttachment:
     ) -> None:
         self.algorithm = algorithm
         self.process_group = None if join is not None else group_to_begin(process_group)
-        self._optimizer, self._scaler = optimizer, scaler
+        self._optimizer = optimizer
         self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
         towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
         if join is not None:
             towards = parse_address(join).host
         num_ranks = None if join is not None else 1 if self.process_group is None else self.process_group.size()
         self._assembly = introduce(
-            algorithm,
             lambda: facts(
                 algorithm, model, optimizer, has_scaler=scaler is not None, taken=_taken(), num_ranks=num_ranks
             ),
             self.process_group,
             interface or address_here(towards),
             join,
+            patience_s=algorithm.peer_timeout,
+            grace_s=algorithm.grace,
         )
-        self._vectors = group(trained(model))
+        self._vectors = group(trained(model, "gossip"))
         try:
-            self._exchange = Exchange(
-                self._assembly, lambda members: self._among(members).topology, self._regroup, is_new=join is not None
+            self._exchange = Exchange(self._assembly, self._regroup, is_new=join is not None)
+            self._on_ranks = RankExchange(
+                self._exchange, lambda members: self._among(members).topology, algorithm.peer_timeout
             )
             self._participant = Participant(
                 algorithm,
                 self._among(self._exchange.members),
                 self._rows,
                 [each.segments for each in self._vectors],
-                self._exchange.perform,
+                self._on_ranks.perform,
                 AtOnce if algorithm.exchange == "synchronous" else partial(Background, streams=streams_of(self._rows)),
             )
             self._exchange.begin()
@@ -96,15 +95,11 @@ class GossipAttachment:
                 each.release()
             raise
         self._exchanges = 0
-        self._given = {id(p) for each in optimizer.param_groups for p in each["params"]}
-        self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        self._still_all = StillAll(model, optimizer)
+        self._handles = []
         if changes_gradients(algorithm):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._undo_scaler = (
-            None if scaler is None else _tell_of_skips(scaler, optimizer, self._before_scaled, self._after_scaled)
-        )
-        self._ticked = False
+        self._clock = StepClock(optimizer, scaler, self._tick)
         self._model = model
         self._attached = True
         _AT_WORK.add(self)
@@ -157,7 +152,7 @@ class GossipAttachment:
             "steps": self._participant.steps,
             "exchanges": self._exchanges,
             "passed": self._participant.passed,
-            "bytes_sent": changes.bytes_sent,
+            "bytes_sent": self._on_ranks.bytes_sent,
             "bytes_dense": 4 * self._exchanges * sum(each.vector.numel() for each in self._vectors),
             "seconds_exchanging": changes.waiting_s,
             "members": list(self._exchange.members),
@@ -316,22 +311,10 @@ class GossipAttachment:
         for vector, grad in zip(self._vectors, grads, strict=True):
             vector.set_gradients(grad)
 
-    def _after_step(self, *_: Any) -> None:
-        self._ticked = True
-        self._tick()
-
-    def _before_scaled(self) -> None:
-        self._ticked = False
-
-    def _after_scaled(self) -> None:
-        """If the scaler has called no step, the others do not know, and wait."""
-        if not self._ticked:
-            self._tick()
-
     @torch.no_grad()
     def _tick(self) -> None:
         lr = {id(p): float(each["lr"]) for each in self._optimizer.param_groups for p in each["params"]}
-        self._check_still_all(lr)
+        self._still_all.check(self._optimizer)
         self._gather()
         due = (self._participant.steps + 1) % self.algorithm.every == 0
         moments, tensors = self._moments() if due else ([], [])
@@ -340,19 +323,6 @@ class GossipAttachment:
             self._exchanges += 1
         self._scatter()
         _put_back(moments, tensors)
-
-    def _check_still_all(self, lr: Mapping[int, float]) -> None:
-        """What is trained now and was not at attach would be left out of all averages, in silence."""
-        if lr.keys() <= self._given and not self._frozen:
-            return
-        for each in self._optimizer.param_groups:
-            for number, parameter in enumerate(each["params"]):
-                if id(parameter) not in self._given or (id(parameter) in self._frozen and parameter.requires_grad):
-                    raise CompatibilityError(
-                        "the optimizer must have the parameters that it had at attach, and frozen ones must stay so, "
-                        f"got another at place {number} of a group, of shape {tuple(parameter.shape)}; detach, and "
-                        "attach again on every rank"
-                    )
 
     def _moments(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Buffers and the optimizer's moments as rows (1, k), by dtype, and the tensors that each is made of."""
@@ -399,8 +369,7 @@ class GossipAttachment:
         self._attached = False
         for handle in self._handles:
             handle.remove()
-        if self._undo_scaler is not None:
-            self._undo_scaler()
+        self._clock.stop()
         self._exchange.close(farewell=farewell)
         for each in self._vectors:
             each.release()
@@ -426,29 +395,6 @@ def _by_dtype(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor
         kinds.setdefault(tensor.dtype, []).append(tensor)
     rows = [torch.cat([tensor.detach().reshape(-1) for tensor in each]).view(1, -1) for each in kinds.values()]
     return rows, list(kinds.values())
-
-
-def _tell_of_skips(
-    scaler: Scaler, optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
-) -> Callable[[], None]:
-    """Calls these around each of the scaler's steps of this optimizer; how to undo it."""
-    original = scaler.step
-
-    def step(stepped: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if stepped is not optimizer:
-            return original(stepped, *args, **kwargs)
-        before()
-        result = original(stepped, *args, **kwargs)
-        after()
-        return result
-
-    scaler.step = step  # type: ignore[method-assign, assignment]
-
-    def undo() -> None:
-        if vars(scaler).get("step") is step:
-            del scaler.step
-
-    return undo
 
 
 def _close_at_exit(attachment: "weakref.ref[GossipAttachment]") -> None:

@@ -18,7 +18,8 @@ from distopt.gossip.topologies.given import EdgeList
 from distopt.gossip.topology import Topology, make_topology
 
 if TYPE_CHECKING:
-    from distopt.gossip.attachment import GossipAttachment, Scaler
+    from distopt.gossip.attachment import GossipAttachment
+    from distopt.step_clock import Scaler
 
 OPTIMIZER_STATES = ("keep", "average")
 BUFFERS = ("keep", "average")

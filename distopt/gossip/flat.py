@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from distopt.errors import CompatibilityError
 from distopt.gossip.correction import Segment
@@ -34,26 +33,6 @@ class Place:
         return part.as_strided(
             (*part.shape[:-1], *self.shape), (*part.stride()[:-1], *self.stride), part.storage_offset()
         )
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a rank trains, by name, a tied one under its first.
-
-    Raises:
-        CompatibilityError: They are not whole, or have no memory yet.
-    """
-    if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
-        raise CompatibilityError(
-            "parameters must be whole on every rank, got a FullyShardedDataParallel model; gossip between replicas "
-            "that are not sharded"
-        )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            raise CompatibilityError(
-                f"parameters must have memory, got {name!r} that is {'lazy' if is_lazy(parameter) else 'on meta'}; run "
-                "a batch through the model, or load it, before you attach"
-            )
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def layout(parameters: Mapping[str, Tensor]) -> list[Place]:
@@ -184,23 +163,8 @@ class FlatParameters:
                 parameter.data = view.clone()
 
 
-def check_averaged(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises `CompatibilityError` if a parameter cannot be averaged."""
-    for name, parameter in parameters.items():
-        if not parameter.is_floating_point() or parameter.layout != torch.strided:
-            raise CompatibilityError(
-                f"parameters must be dense and of a floating dtype, got {name!r} of {parameter.dtype}, "
-                f"{parameter.layout}; freeze it, or keep real and imaginary parts apart"
-            )
-        if hasattr(parameter, "device_mesh"):
-            raise CompatibilityError(
-                f"parameters must be whole on every rank, got {name!r} as a DTensor; gossip between replicas that are "
-                "not sharded"
-            )
-
-
 def group(parameters: Mapping[str, nn.Parameter]) -> list[FlatParameters]:
-    """A vector for each dtype and device, in the order in which they come; `check_averaged` first."""
+    """A vector for each dtype and device, in the order in which they come; `distopt.replica` checks them first."""
     kinds: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         kinds.setdefault((parameter.dtype, parameter.device), {})[name] = parameter

@@ -12,9 +12,10 @@ from torch.func import functional_call, grad, vmap
 from distopt.config import check_choice, check_count
 from distopt.errors import CompatibilityError, ConfigError, in_a_line
 from distopt.gossip.configuration import Gossip
-from distopt.gossip.flat import Place, flatten, layout, trained
+from distopt.gossip.flat import Place, flatten, layout
 from distopt.gossip.participant import Participant
 from distopt.gossip.simulated_mixer import SimulatedExchange
+from distopt.replica import trained
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -96,9 +97,9 @@ def simulate(
             models.append(make_model())
     model = models[0]
     _check(model)
-    parameters = trained(model)
+    parameters = trained(model, "gossip")
     places = layout(parameters)
-    rows = torch.stack([flatten(list(trained(each).values())) for each in models])
+    rows = torch.stack([flatten(list(trained(each, "gossip").values())) for each in models])
     del models
     exchange = SimulatedExchange(gossip.graphs, nodes, rows.device)
     weights = nn.Parameter(rows)
@@ -187,7 +188,7 @@ class _Gradients:
 
 
 def _check(model: nn.Module) -> None:
-    parameters = trained(model)
+    parameters = trained(model, "gossip")
     if not parameters:
         raise CompatibilityError("the model must have parameters that are trained, got none")
     if len(dtypes := {parameter.dtype for parameter in parameters.values()}) > 1:

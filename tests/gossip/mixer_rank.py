@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from distopt.comm.crew.interruption import BrokenError
+from distopt.comm.crew.staging import Staging
 from distopt.gossip.ranks import rank_mixer
 from distopt.gossip.topology import Topology
 
@@ -16,7 +18,7 @@ def mixed_both_ways(described, numel):
     kept = rank_mixer._PIECE_BYTES, rank_mixer._BLOCK
     rank_mixer._PIECE_BYTES, rank_mixer._BLOCK = 4096, 1000  # so that there are many, and some that are not full
     try:
-        staging, rows = rank_mixer.Staging(), everything[rank : rank + 1].clone()
+        staging, rows = Staging(), everything[rank : rank + 1].clone()
         first, second = (
             rank_mixer.RankMixer(dist.group.WORLD, rank, graph, number, staging, 60.0) for number in range(2)
         )
@@ -50,8 +52,8 @@ def mixed_with_one_who_goes(numel):
                 broken.add(0)
 
     try:
-        Breaking(dist.group.WORLD, rank, graph, 0, rank_mixer.Staging(), 60.0).mix_(rows)
-    except rank_mixer.BrokenError:
+        Breaking(dist.group.WORLD, rank, graph, 0, Staging(), 60.0).mix_(rows)
+    except BrokenError:
         return any(averaged), torch.equal(rows, before)
     finally:
         rank_mixer._PIECE_BYTES, rank_mixer._BLOCK = kept

@@ -171,7 +171,7 @@ def test_a_stopped_rank_is_waited_for_or_left_out_as_the_configuration_says(job)
             for rank in range(3):
                 (log,) = each.events(rank, "log")
                 left_out = each is leaving and rank > 0
-                assert log["lines"] == ["gossip goes on with ranks 1, 2; lost: 0"] * left_out
+                assert log["lines"] == ["training goes on with ranks 1, 2; lost: 0"] * left_out
                 for ended in each.events(rank, "ended"):
                     assert ended["stats"]["lost"] == ended["stats"]["joined"] == []
         for each in jobs:  # all have averaged since

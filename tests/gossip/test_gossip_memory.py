@@ -145,7 +145,7 @@ def test_sparse_gradients_are_taken_where_nothing_needs_them_dense():
     [
         (lambda: nn.Sequential(nn.Linear(6, 3), nn.LazyLinear(3)), "got '1.weight' that is lazy; run a batch"),
         (lambda: nn.Linear(6, 3, device="meta"), "got 'weight' that is on meta; .* before you attach"),
-        (lambda: nn.Sequential(FullyShardedDataParallel(6, 3)), "got a FullyShardedDataParallel model; gossip between"),
+        (lambda: nn.Sequential(FullyShardedDataParallel(6, 3)), "got a FullyShardedDataParallel model; use gossip between"),
     ],
 )
 def test_parameters_that_are_not_whole_or_not_there_are_refused(model, message):
@@ -234,7 +234,7 @@ def test_an_older_checkpoint_is_gone_on_from_also_after_a_later_meeting():
     step(model, optimizer)
     attached.load_state_dict(state)
     made = []
-    exchange.perform(made.append)
+    exchange.perform(lambda *each: made.append(each))
     assert len(made) == 1
     assert exchange.round == 1
     attached.detach()
@@ -247,7 +247,7 @@ def test_who_joins_looks_for_the_way_to_whom_it_joins(monkeypatch):
         towards.append(host)
         return "127.0.0.1"
 
-    monkeypatch.setattr("distopt.gossip.introduction.own_address", found)
+    monkeypatch.setattr("distopt.comm.crew.introduction.own_address", found)
     model = nn.Linear(2, 2)
     with pytest.raises(PeerLostError, match=r"there must be a rank of the job at 127\.0\.0\.9:9"):
         Gossip().attach(model, torch.optim.SGD(model.parameters(), lr=0.1), join="127.0.0.9:9")

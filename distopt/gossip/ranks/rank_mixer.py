@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.comm.crew.interruption import BrokenError, SilentError
+from distopt.comm.crew.staging import Staging
 from distopt.gossip.codec import Codec
 from distopt.gossip.graph import Graph
 from distopt.ops import weighted_sum_
@@ -17,45 +19,6 @@ _MOST_TAGS = 1 << 30
 _MOST_PIECES = 16  # of a row that is averaged while it arrives
 _PIECE_BYTES = 4 << 20  # at least
 _BLOCK = 1 << 16  # elements that are averaged at a time: they stay in the cache
-
-
-class BrokenError(Exception):
-    """A connection of the group is gone.
-
-    Attributes:
-        places: Places in the group of those whose connections are.
-    """
-
-    def __init__(self, places: Sequence[int]) -> None:
-        super().__init__(f"connections to places {sorted(places)} are gone")
-        self.places = tuple(sorted(places))
-
-
-class SilentError(Exception):
-    """A connected member has said nothing for as long as it may.
-
-    Attributes:
-        place: Its place in the group.
-    """
-
-    def __init__(self, place: int) -> None:
-        super().__init__(f"place {place} is silent")
-        self.place = place
-
-
-class Staging:
-    """Buffers that are kept from round to round: new memory costs more than what it carries."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] = {}
-
-    def like(self, name: Any, row: Tensor) -> Tensor:
-        """A contiguous CPU tensor of this shape and dtype, pinned where that speeds copies up."""
-        buffer = self._kept.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (row.shape, row.dtype):
-            buffer = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda)
-            self._kept[name] = buffer
-        return buffer
 
 
 class RankMixer:

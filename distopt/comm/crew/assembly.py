@@ -2,7 +2,7 @@
 
 The ranks of a crew share a gloo group of their own. When one of them finds a connection broken, or somebody new comes,
 all leave the group, which breaks the connections of the rest, and meet at the board of the lowest rank that answers
-(`distopt.gossip.ranks.meetings`).
+(`distopt.comm.crew.meetings`).
 
 A crew whose lead is not the lowest rank that anybody knows looks for lower ones now and then: so the parts of a network
 that was cut find each other again.
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distopt.comm import parse_address, read_secret
+from distopt.comm.crew.board import Board, GoneError, UnreachableError, ask, ask_all
+from distopt.comm.crew.group import BoardStore, form_group
+from distopt.comm.crew.meetings import Meetings, say_goodbye
+from distopt.comm.crew.roster import Address, Roster
 from distopt.comm.secret import SECRET
 from distopt.errors import DesyncError, PeerLostError
-from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
-from distopt.gossip.ranks.group import BoardStore, form_group
-from distopt.gossip.ranks.meetings import Meetings, say_goodbye
-from distopt.gossip.ranks.roster import Address, Roster
 
 _ASKED_AT_ONCE = 4  # of the lowest ranks, when a lead is looked for
 _GREETINGS = 3  # of a rank that must be there, before it counts as out of reach
@@ -40,6 +40,7 @@ class Crew:
         lead: At whose board they have met.
         window: The number of that meeting there.
         members: Their numbers, ascending.
+        place: Of this rank among them, and in the group.
         group: Their gloo group, in this order; None once this rank has left, which breaks its connections.
         round: Number of its first exchange.
         behind: How many exchanges this rank has not made that others of its last crew have.
@@ -51,6 +52,7 @@ class Crew:
     lead: int
     window: int
     members: tuple[int, ...]
+    place: int
     group: Any
     round: int
     behind: int = 0
@@ -265,6 +267,7 @@ class Assembly:
             lead=lead,
             window=int(told["window"]),
             members=members,
+            place=members.index(number),
             group=group,
             round=max(round_ for _, round_ in told["rounds"].values()),
             behind=max(same) - int(told["rounds"][str(number)][1]) if before is not None else 0,

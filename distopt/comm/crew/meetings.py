@@ -17,8 +17,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from distopt.gossip.ranks.board import GoneError, Line, ask_all
-from distopt.gossip.ranks.roster import Roster
+from distopt.comm.crew.board import GoneError, Line, ask_all
+from distopt.comm.crew.roster import Roster
 
 _log = logging.getLogger("distopt")
 _POLL_S = 0.05
@@ -65,7 +65,7 @@ class Meetings:
         self._called_at = 0.0
         self._states: dict[int, str] = {}  # of those who are missing: "gone", "silent" or "there"
         self._closing = False
-        self._thread = threading.Thread(target=self._watch, name="distopt-gossip-meetings", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="distopt-crew-meetings", daemon=True)
         self._thread.start()
 
     # -- questions ---------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Meetings:
         lower = {number: place for number, place in roster.known.items() if number < roster.number}
         found = ask_all(lower, self._question("hello"), self._secret).values()
         if any(isinstance(each, dict) and each["job"] == roster.job for each in found) and roster.lead == roster.number:
-            _log.info("gossip: rank %d has found ranks that its crew had lost", roster.number)
+            _log.info("ranks: rank %d has found ranks that its crew had lost", roster.number)
             roster.called.set()
             self._call(set(roster.members))
 

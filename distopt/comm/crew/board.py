@@ -91,7 +91,7 @@ class Board:
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._closing = False
         self.address = Address(interface, int(self._listener.getsockname()[1]))
-        self._thread = threading.Thread(target=self._listen, name="distopt-gossip-board", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="distopt-crew-board", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
@@ -105,7 +105,7 @@ class Board:
             if self._closing or not self._free.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="distopt-gossip-answer", daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), name="distopt-crew-answer", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -122,7 +122,7 @@ class Board:
                     if answer is not None:
                         line.answer(answer)
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
-            _log.debug("gossip: a question was not understood: %r", error)
+            _log.debug("ranks: a question was not understood: %r", error)
         finally:
             self._free.release()
 
@@ -193,7 +193,7 @@ def ask_all(
 
 
 def _key(secret: bytes | None) -> bytes | None:
-    return None if secret is None else derive_key(secret, "gossip board")
+    return None if secret is None else derive_key(secret, "crew board")
 
 
 def _send(connection: socket.socket, kind: int, value: Any, key: bytes | None, nonces: bytes) -> None:

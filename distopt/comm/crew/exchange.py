@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distopt.comm.crew.assembly import Assembly, Crew, VoidError
+from distopt.comm.crew.board import UnreachableError
+from distopt.comm.crew.interruption import BrokenError, SilentError
 from distopt.errors import PeerLostError
-from distopt.gossip.mixing.mixer import Mixer
-from distopt.gossip.ranks.board import UnreachableError
-from distopt.gossip.ranks.crew import Assembly, Crew, VoidError
-from distopt.gossip.ranks.rank_mixer import BrokenError, RankMixer, SilentError, Staging
-from distopt.gossip.topology import Topology
 
 _log = logging.getLogger("distopt")
 _POLL_S = 0.02
@@ -36,14 +34,12 @@ class Changes:
         joined: Ranks that have come since the start and had never been members.
         meetings: How often the crew has met anew.
         waiting_s: Seconds spent in exchanges and meetings.
-        bytes_sent: By this rank, in exchanges.
     """
 
     lost: set[int] = field(default_factory=set)
     joined: set[int] = field(default_factory=set)
     meetings: int = 0
     waiting_s: float = 0.0
-    bytes_sent: int = 0
 
 
 class Exchange:
@@ -51,7 +47,6 @@ class Exchange:
 
     Args:
         assembly: This rank's.
-        topology_of: The topology of a crew's members, as that of their places.
         changed: Called after each meeting but the first of ranks that all have models, with the new crew, before
             anything is exchanged in it; in the thread that exchanges.
         is_new: Whether this rank has no model yet; `changed` gives it one.
@@ -67,23 +62,20 @@ class Exchange:
     def __init__(
         self,
         assembly: Assembly,
-        topology_of: Callable[[tuple[int, ...]], Topology],
         changed: Callable[[Crew], None],
         *,
         is_new: bool,
     ) -> None:
-        self._assembly, self._topology_of, self._changed, self._is_new = assembly, topology_of, changed, is_new
-        self._staging = Staging()
+        self._assembly, self._changed, self._is_new = assembly, changed, is_new
         self._turn = threading.RLock()  # of whoever exchanges or meets
         self._closing = threading.Event()
         self.changes = Changes()
         crew = assembly.meet(0, new=is_new)
         self._crew: Crew | None = crew
         self._is_fresh = bool(crew.new)  # whether `changed` is still to be called
-        self._topology = topology_of(crew.members)
         self._members, self.round = crew.members, crew.round
         self._seen = set(crew.members)
-        self._thread = threading.Thread(target=self._attend, name="distopt-gossip-attendance", daemon=True)
+        self._thread = threading.Thread(target=self._attend, name="distopt-crew-attendance", daemon=True)
 
     def begin(self) -> None:
         """Gives newcomers of the first crew their models. After the construction, as `changed` may need this object.
@@ -106,8 +98,10 @@ class Exchange:
             if self._crew is not None:
                 self._crew.round = round_  # which may be later: nothing of this crew is to be left out
 
-    def perform(self, act: Callable[[Mixer], None]) -> None:
-        """One exchange: `act` with the round's mixer, again with those that are left if somebody goes meanwhile.
+    def perform(self, act: Callable[[Crew, int], None]) -> None:
+        """One exchange: `act` with the crew and the round's number.
+
+        It is called again, with those that are left, if it raises `BrokenError` or `SilentError`.
 
         Where some had made it before that and this rank had not, it is left out here: a rank that made it up would be
         an exchange behind the others for ever, and wait for them at the end.
@@ -120,7 +114,7 @@ class Exchange:
         finally:
             self.changes.waiting_s += time.monotonic() - began
 
-    def _perform_once(self, act: Callable[[Mixer], None], crew: Crew) -> list[int] | None:
+    def _perform_once(self, act: Callable[[Crew, int], None], crew: Crew) -> list[int] | None:
         """None if it is done; else somebody has gone: for whom this rank has waited in vain.
 
         It returns before the crew is left: connections last for as long as anything that works on them.
@@ -128,22 +122,15 @@ class Exchange:
         if self.round < crew.round:  # others have made it without this rank: all stay in step
             self.round += 1
             return None
-        place = crew.members.index(self._assembly.number)
-        graph = self._topology.graph(len(crew.members), self.round)
-        mixer = RankMixer(crew.group, place, graph, self.round, self._staging, self._assembly.patience_s)
         try:
-            act(mixer)
+            act(crew, self.round)
         except BrokenError as error:
             seen = [crew.members[each] for each in error.places]
-            _log.info("gossip: rank %d: connections to ranks %s broke", self._assembly.number, seen)
+            _log.info("ranks: rank %d: connections to ranks %s broke", self._assembly.number, seen)
             return []
         except SilentError as error:
-            _log.info(
-                "gossip: rank %d has waited in vain for rank %d", self._assembly.number, crew.members[error.place]
-            )
+            _log.info("ranks: rank %d has waited in vain for rank %d", self._assembly.number, crew.members[error.place])
             return [crew.members[error.place]]
-        finally:
-            self.changes.bytes_sent += mixer.bytes_sent
         self.round += 1
         return None
 
@@ -174,7 +161,6 @@ class Exchange:
         self._leave()
         crew = self._assembly.meet(self.round, new=self._is_new, silent=silent)
         self._crew, self._is_fresh = crew, True
-        self._topology = self._topology_of(crew.members)
         self.round = crew.round - crew.behind
         self._note(crew)
 
@@ -211,7 +197,7 @@ class Exchange:
         ]
         if said:
             log = _log.warning if lost else _log.info
-            log("gossip goes on with ranks %s; %s", ", ".join(map(str, crew.members)), "; ".join(said))
+            log("training goes on with ranks %s; %s", ", ".join(map(str, crew.members)), "; ".join(said))
 
     def average_of_old(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """After a meeting with newcomers: the average of the others' rows. All members call it.

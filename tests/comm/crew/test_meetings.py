@@ -8,13 +8,15 @@ import time
 import pytest
 import torch
 
+from distopt.comm.crew import board as boards
+from distopt.comm.crew import group as groups
+from distopt.comm.crew.assembly import Assembly, VoidError
+from distopt.comm.crew.board import Board, GoneError, UnreachableError, ask, ask_all
+from distopt.comm.crew.interruption import SilentError
+from distopt.comm.crew.staging import Staging
 from distopt.errors import PeerLostError
 from distopt.gossip import Complete
-from distopt.gossip.ranks import board as boards
-from distopt.gossip.ranks import group as groups
-from distopt.gossip.ranks.board import Board, GoneError, UnreachableError, ask, ask_all
-from distopt.gossip.ranks.crew import Assembly, VoidError
-from distopt.gossip.ranks.rank_mixer import RankMixer, SilentError, Staging
+from distopt.gossip.ranks.rank_mixer import RankMixer
 
 SECRET, OTHER = b"a secret of a test, and long enough", b"another one, which is as long as it"
 

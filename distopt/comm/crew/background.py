@@ -24,7 +24,7 @@ class Background:
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="distopt-gossip", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="distopt-exchange", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
