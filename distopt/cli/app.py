@@ -224,6 +224,14 @@ def measure_link(
     ] = None,
     values: Annotated[Values, Option(help="Type of the values on the wire.")] = Values.fp32,
     indices: Annotated[Indices, Option(help="Encoding of the indices on the wire.")] = Indices.int32,
+    step_seconds: Annotated[
+        float | None,
+        Option(
+            help="Seconds of a step without any exchange: also say how many local steps suit the link.",
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[float, Option(help="Part of the time that ranks shall compute, with --step-seconds.")] = 0.95,
     out: Annotated[
         Path | None, Option(help="Folder for the figures (JSON) and the plot (PNG).", show_default=False)
     ] = None,
@@ -236,8 +244,9 @@ def measure_link(
         raise ConfigError("--latency and --bandwidth must be given together, got one of them; give both or none")
     given = None if latency is None or bandwidth is None else Link(latency_s=latency, bandwidth=bandwidth)
     question = links.Question(
-        parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices
-    )
+        parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices,
+        step_seconds=step_seconds, share=share,
+    )  # fmt: skip
     if out is not None:
         plotting.load_matplotlib()
     found = links.answer(question)
@@ -246,6 +255,9 @@ def measure_link(
     console = _console()
     console.print(links.table(found))
     console.print(links.advice(found), highlight=False)
+    if found["local"]:
+        console.print(links.local_table(found))
+        console.print(links.local_advice(found), highlight=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine.machine(), "versions": machine.versions(), **found}

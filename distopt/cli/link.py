@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch.distributed as dist
 from rich.table import Table
 
 from distopt.cli.ranks import started
-from distopt.comm import Link, measure_link
+from distopt.comm import Link, gather_json, least_seconds, measure_link
 from distopt.ddp.forecast import Forecaster
 from distopt.ddp.prediction import Predictor, measure_speed
 from distopt.errors import ConfigError
+from distopt.local import DiLoCo, Fragment, LocalSteps, Plan, SparseLoCo, choose, every_step, plan
 from distopt.plotting import COLOURS, load_matplotlib
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+LOCAL_STEPS = (DiLoCo(), SparseLoCo())
+_PROBE_NUMEL = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Question:
         link: Given instead of measured.
         values: On the wire.
         indices: On the wire.
+        step_seconds: Of a step without any exchange; None not to advise on local steps.
+        share: Of the time, that ranks shall compute.
     """
 
     parameters: int
@@ -39,6 +44,8 @@ class Question:
     link: Link | None
     values: str
     indices: str
+    step_seconds: float | None = None
+    share: float = 0.95
 
 
 def answer(question: Question) -> dict[str, Any] | None:
@@ -58,8 +65,9 @@ def answer(question: Question) -> dict[str, Any] | None:
         assert dist.group.WORLD is not None
         speed = measure_speed(dist.group.WORLD, device)
         link = question.link or measure_link(dist.group.WORLD, device)
+        ranks = question.ranks or max(size, 2)
+        work = _measure_work(ranks) if question.step_seconds is not None else []
         rank = dist.get_rank()
-    ranks = question.ranks or max(size, 2)
     forecaster = Forecaster(
         numel=question.parameters,
         predictor=Predictor(link=link, speed=speed),
@@ -68,6 +76,7 @@ def answer(question: Question) -> dict[str, Any] | None:
     )
     fastest = forecaster.fastest(ranks, question.density)
     dense = forecaster.forecast("whole", ranks, question.density)
+    plans = _plans(question, ranks, forecaster, work)
     if rank != 0:
         return None
     return {
@@ -84,7 +93,67 @@ def answer(question: Question) -> dict[str, Any] | None:
             route: [asdict(each) for each in found]
             for route, found in forecaster.curves(sorted({*RANKS, ranks}), question.density).items()
         },
+        "local": [_as_plain(each) for each in plans],
+        "take": _as_plain(choose(plans)) if plans else None,
     }
+
+
+def _measure_work(ranks: int) -> list[float]:
+    """Seconds per parameter of an exchange's work, for each of `LOCAL_STEPS`, on the slowest rank."""
+
+    def of(algorithm: LocalSteps) -> float:
+        fragment = Fragment(algorithm, [_PROBE_NUMEL], torch.randn(_PROBE_NUMEL))
+        local = torch.randn(_PROBE_NUMEL)
+        gathered = fragment.contribute_(local)
+        gathered = gathered if fragment.reduces else gathered.expand(ranks, -1)
+
+        def exchange() -> None:
+            fragment.contribute_(local)
+            fragment.take_(gathered, ranks)
+
+        return least_seconds(exchange, torch.device("cpu")) / _PROBE_NUMEL
+
+    assert dist.group.WORLD is not None
+    told = gather_json([of(algorithm) for algorithm in LOCAL_STEPS], dist.group.WORLD, torch.device("cpu"))
+    return [max(column) for column in zip(*told, strict=True)]
+
+
+def _plans(question: Question, ranks: int, forecaster: Forecaster, work: list[float]) -> list[Plan]:
+    """What each way to train costs; those that exchange in every step come first."""
+    if question.step_seconds is None:
+        return []
+    step_seconds, share = question.step_seconds, question.share
+    sparse = min(
+        (forecaster.forecast(route, ranks, question.density) for route in ("allgather", "balanced")),
+        key=lambda found: found.seconds,
+    )
+    plans = [
+        every_step(
+            name,
+            exchange_s=found.seconds,
+            link_bytes=found.link_bytes,
+            step_seconds=step_seconds,
+            share=share,
+        )
+        for name, found in (("dense", forecaster.forecast("whole", ranks, 1.0)), ("dgc", sparse))
+    ]
+    return plans + [
+        plan(
+            algorithm,
+            forecaster.predictor.link,
+            num_ranks=ranks,
+            parameters=question.parameters,
+            step_seconds=step_seconds,
+            share=share,
+            work_seconds=seconds * question.parameters,
+        )
+        for algorithm, seconds in zip(LOCAL_STEPS, work, strict=True)
+    ]
+
+
+def _as_plain(found: Plan) -> dict[str, Any]:
+    plain = {field.name: getattr(found, field.name) for field in fields(found)}
+    return plain | {"algorithm": None if found.algorithm is None else found.algorithm.to_dict()}
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -129,6 +198,48 @@ def advice(found: dict[str, Any]) -> str:
             'exchange="auto" finds it by itself.'
         )
     return "\n".join(lines)
+
+
+_NAMES = {"dense": "dense DDP", "dgc": "DGC", "diloco": "DiLoCo", "sparseloco": "SparseLoCo"}
+
+
+def local_table(found: dict[str, Any]) -> Table:
+    """What each way to train costs, for steps of the length that was given."""
+    question = found["question"]
+    made = Table(
+        title=f"{found['ranks']} ranks, {question['step_seconds']:g} s per step, to compute for "
+        f"{question['share']:.0%} of the time",
+        title_justify="left",
+    )
+    for name in ("inner_steps", "overlap", "MB per exchange", "s per exchange", "computing", "s per step"):
+        if not made.columns:
+            made.add_column("")
+        made.add_column(name, justify="right")
+    for each in found["local"]:
+        made.add_row(
+            _NAMES[each["name"]],
+            str(each["inner_steps"]),
+            str(each["overlap"]),
+            f"{each['link_bytes'] / 1e6:,.3f}",
+            f"{each['exchange_s']:,.3f}",
+            f"{each['compute_share']:.1%}",
+            f"{each['step_s']:,.3f}",
+        )
+    return made
+
+
+def local_advice(found: dict[str, Any]) -> str:
+    """Which of the ways to take, in a line or two."""
+    take, share = found["take"], found["question"]["share"]
+    way = _NAMES[take["name"]]
+    if take["algorithm"] is not None:
+        way = f"distopt.{way}(inner_steps={take['inner_steps']}"
+        way += f", overlap={take['overlap']})" if take["overlap"] else ")"
+    said = f"To train over this link: {way}, which computes for {take['compute_share']:.1%} of the time"
+    if not take["reaches"]:
+        return f"{said}. Nothing reaches {share:.0%} on this link; train a smaller model, or on a faster link."
+    dense = found["local"][0]
+    return f"{said}; dense DDP for {dense['compute_share']:.1%}. More local steps than these send less (docs/local.md)."
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

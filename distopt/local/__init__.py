@@ -1,6 +1,18 @@
 """Many local steps, then one sparse outer step: for links as slow as those between continents."""
 
+from distopt.local.advice import Plan, choose, contribution_bytes, every_step, plan
 from distopt.local.configuration import DiLoCo, LocalSteps, SparseLoCo
 from distopt.local.fragment import Fragment, partition
 
-__all__ = ["DiLoCo", "Fragment", "LocalSteps", "SparseLoCo", "partition"]
+__all__ = [
+    "DiLoCo",
+    "Fragment",
+    "LocalSteps",
+    "Plan",
+    "SparseLoCo",
+    "choose",
+    "contribution_bytes",
+    "every_step",
+    "partition",
+    "plan",
+]

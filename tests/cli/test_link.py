@@ -45,6 +45,28 @@ def test_a_link_that_is_given(tmp_path):
     assert "allgather, 2 ranks: never faster than dense" in said
 
 
+def test_how_many_local_steps_suit_a_link(tmp_path):
+    slow = ("--latency", 0.02, "--bandwidth", 2.5e6, "--ranks", 4, "--parameters", 400_000, "--out", tmp_path)
+    assert "To train over this link" not in given(*slow)
+    assert json.loads((tmp_path / "link.json").read_text())["local"] == []
+    said = given(*slow, "--step-seconds", 0.5, "--share", 0.9)
+    found = json.loads((tmp_path / "link.json").read_text())
+    dense, dgc, diloco, sparse = found["local"]
+    assert [each["name"] for each in found["local"]] == ["dense", "dgc", "diloco", "sparseloco"]
+    assert not dense["reaches"]
+    assert dense["step_s"] == pytest.approx(0.5 + found["dense"]["seconds"])
+    assert sparse["compute_share"] >= 0.9
+    assert sparse["link_bytes"] < diloco["link_bytes"] / 100
+    assert sparse["algorithm"]["inner_steps"] == sparse["inner_steps"]
+    chosen = dgc if dgc["reaches"] else sparse
+    assert found["take"] == chosen
+    assert "4 ranks, 0.5 s per step, to compute for 90% of the time" in said
+    found["take"] = {**sparse, "overlap": 1}
+    assert f"distopt.SparseLoCo(inner_steps={sparse['inner_steps']}, overlap=1)" in links.local_advice(found)
+    found["take"] = {**dense}
+    assert "Nothing reaches 90% on this link" in links.local_advice(found)
+
+
 @pytest.mark.job
 def test_measured_between_two_ranks(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -65,6 +87,7 @@ def test_measured_between_two_ranks(tmp_path):
         (["--latency", "0.001"], "--latency and --bandwidth must be given together"),
         (["--latency", "0", "--bandwidth", "1e8"], "latency_s must be positive seconds, got 0"),
         (["--latency", "1", "--bandwidth", "1e8", "--density", "2"], "density must be a number in (0, 1], got 2"),
+        (["--latency", "1", "--bandwidth", "1e8", "--step-seconds", "1", "--share", "1"], "share must be a number in"),
     ],
 )
 def test_a_bad_question_is_one_line(warm_python, arguments, message):
