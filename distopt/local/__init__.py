@@ -1,6 +1,6 @@
 """Many local steps, then one sparse outer step: for links as slow as those between continents."""
 
-from distopt.local.advice import Plan, choose, contribution_bytes, every_step, plan
+from distopt.local.advice import Plan, choose, contribution_bytes, every_step, forecast, plan
 from distopt.local.configuration import DiLoCo, LocalSteps, SparseLoCo
 from distopt.local.fragment import Fragment, partition
 
@@ -13,6 +13,7 @@ __all__ = [
     "choose",
     "contribution_bytes",
     "every_step",
+    "forecast",
     "partition",
     "plan",
 ]

@@ -110,19 +110,42 @@ def plan(
         ConfigError: A value breaks its rule.
     """
     _check(num_ranks, parameters, step_seconds, share)
-    nbytes = contribution_bytes(algorithm, parameters)
-    part = nbytes / algorithm.fragments
-    sparse = isinstance(algorithm, SparseLoCo)
-    part_s = link.allgather_s(num_ranks, part) if sparse else link.allreduce_s(num_ranks, part)
-    round_ = _Round(step_seconds, part_s, algorithm.fragments, work_seconds)
-    inner_steps, overlap = round_.least(share)
-    found = round_.share(inner_steps, overlap)
+    part_s = _part_s(algorithm, link, num_ranks, parameters)
+    inner_steps, overlap = _Round(step_seconds, part_s, algorithm.fragments, work_seconds).least(share)
+    return forecast(
+        dataclasses.replace(algorithm, inner_steps=inner_steps, overlap=overlap),
+        link,
+        num_ranks=num_ranks,
+        parameters=parameters,
+        step_seconds=step_seconds,
+        share=share,
+        work_seconds=work_seconds,
+    )
+
+
+def forecast(
+    algorithm: LocalSteps,
+    link: Link,
+    *,
+    num_ranks: int,
+    parameters: int,
+    step_seconds: float,
+    share: float = 0.95,
+    work_seconds: float = 0.0,
+) -> Plan:
+    """What the algorithm costs as it is set; see `plan` for the arguments and errors."""
+    _check(num_ranks, parameters, step_seconds, share)
+    part_s = _part_s(algorithm, link, num_ranks, parameters)
+    found = _Round(step_seconds, part_s, algorithm.fragments, work_seconds).share(
+        algorithm.inner_steps, algorithm.overlap
+    )
+    messages = num_ranks - 1 if isinstance(algorithm, SparseLoCo) else 2 * (num_ranks - 1) / num_ranks
     return Plan(
         name=algorithm.name,
-        algorithm=dataclasses.replace(algorithm, inner_steps=inner_steps, overlap=overlap),
-        inner_steps=inner_steps,
-        overlap=overlap,
-        link_bytes=(num_ranks - 1) * nbytes * (1 if sparse else 2 / num_ranks),
+        algorithm=algorithm,
+        inner_steps=algorithm.inner_steps,
+        overlap=algorithm.overlap,
+        link_bytes=messages * contribution_bytes(algorithm, parameters),
         exchange_s=part_s * algorithm.fragments,
         compute_share=found,
         step_s=step_seconds / found,
@@ -158,6 +181,13 @@ def contribution_bytes(algorithm: LocalSteps, parameters: int) -> float:
     sections = INDEX_FORMATS[algorithm.indices].sections(chunk, count)
     positions = sum(dtype.itemsize * length for dtype, length in sections)
     return float(rows * positions + VALUE_FORMATS[algorithm.values].nbytes(rows, count))
+
+
+def _part_s(algorithm: LocalSteps, link: Link, num_ranks: int, parameters: int) -> float:
+    """Seconds of the exchange of one fragment."""
+    part = contribution_bytes(algorithm, parameters) / algorithm.fragments
+    sparse = isinstance(algorithm, SparseLoCo)
+    return link.allgather_s(num_ranks, part) if sparse else link.allreduce_s(num_ranks, part)
 
 
 @dataclasses.dataclass(frozen=True)
