@@ -3,10 +3,12 @@
 from distopt.local.advice import Plan, choose, contribution_bytes, every_step, forecast, plan
 from distopt.local.configuration import DiLoCo, LocalSteps, SparseLoCo
 from distopt.local.fragment import Fragment, partition
+from distopt.local.simulation import LocalHistory, simulate
 
 __all__ = [
     "DiLoCo",
     "Fragment",
+    "LocalHistory",
     "LocalSteps",
     "Plan",
     "SparseLoCo",
@@ -16,4 +18,5 @@ __all__ = [
     "forecast",
     "partition",
     "plan",
+    "simulate",
 ]
