@@ -6,6 +6,7 @@ A plugin for stock PyTorch: keep the model, the optimizer and the loop, and add 
 """
 
 from distopt import batch, checkpoint, coding, ddp, federated, gossip, local, observe, ops
+from distopt.batch import AdaptiveBatch
 from distopt.coding import GradientCoding
 from distopt.ddp import DGC, Dense, TopK
 from distopt.errors import (
@@ -25,6 +26,7 @@ from distopt.version import __version__
 
 __all__ = [
     "DGC",
+    "AdaptiveBatch",
     "CompatibilityError",
     "ConfigError",
     "DecodeError",

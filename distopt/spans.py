@@ -10,6 +10,7 @@ PHASES = {
     "coding": ("round", "gradient", "decode"),
     "gossip": ("exchange", "transfer", "average", "wait"),
     "federated": ("train", "wait", "aggregate", "evaluate"),
+    "batch": ("test",),
 }
 
 

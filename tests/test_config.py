@@ -13,6 +13,7 @@ import tomllib
 import pytest
 
 import distopt
+from distopt.batch import AdaptiveBatch, AdaScale, SquareRoot
 from distopt.cli.models import CNN, MLP, Softmax
 from distopt.cli.simulate_config import Data, Output, Run
 from distopt.coding import MSGC, SRSGC, GradientCoding
@@ -197,6 +198,17 @@ GOOD = {
     "share_std": [None, 3.0],
     "stop_at_epsilon": [None, 3.0],
     "cap": [None, 1, 8.0],
+    "test": ["norm", "augmented", "coordinate"],
+    "eta": [0.1, 1],
+    "theta": [0.1, 1],
+    "nu": [0.1, 1],
+    "max_batch": [1, 8192],
+    "ema": [1, 10],
+    "growth": [1.1, 2, 100],
+    "max_accumulation": [1, 8],
+    "probe": [1, 65536],
+    "raw": [True, False],
+    "learning_rate": [None, SquareRoot(), AdaScale(cap=4.0)],
     "inner_steps": [1, 15, 500],
     "warmup_rounds": [0, 10],
     "outer_lr": [0.1, 1, 2.0],
@@ -226,6 +238,7 @@ GOOD_FOR = {
     (CheckpointSettings, "every"): [1, 500],
     (CheckpointSettings, "keep"): [1, 2],
     (LogSettings, "every"): [1, 50],
+    (AdaptiveBatch, "every"): [None, 1, 50],
     (LogSettings, "report"): [True, False],
     (Gossip, "exchange"): ["synchronous", "overlapped", "asynchronous"],
     (Gossip, "optimizer_state"): ["keep", "average"],
@@ -412,6 +425,18 @@ BAD = {
     "clip_lr": [(value, "must be a number of at least 0", "use 0.2") for value in (-0.1, math.inf, "1", None)],
     "share_std": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
     "stop_at_epsilon": [(value, "must be a number above 0", "leave it out") for value in (0, -1.0, math.inf, "1")],
+    "test": [(value, "must be one of 'norm', 'augmented', 'coordinate'") for value in ("inner", None, True)],
+    **{
+        name: [(value, "must be a positive number", "use ") for value in (0, -0.1, math.nan, math.inf, "1", True, None)]
+        for name in ("eta", "theta", "nu")
+    },
+    "max_batch": [(value, "must be an integer of at least 1", "use 8192") for value in [*NOT_COUNTS, None]],
+    "ema": [(value, "must be an integer of at least 1", "use 10") for value in [*NOT_COUNTS, None]],
+    "growth": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, -1.0, math.nan, math.inf, "2", None)],
+    "max_accumulation": [(value, "must be an integer of at least 1", "use 8") for value in [*NOT_COUNTS, None]],
+    "probe": [(value, "must be an integer of at least 1", "use 65536") for value in [*NOT_COUNTS, None]],
+    "raw": [(value, "must be True or False") for value in (0, "no", None)],
+    "learning_rate": [(value, "must be a rule or None", "SquareRoot()") for value in (0.1, SquareRoot)],
     "cap": [(value, "must be a number of at least 1", "use 8.0") for value in (0, 0.5, -1.0, math.inf, "8", True)],
     "tail": [(value, "must be a number above 1", "use 2.0") for value in (1, 0, math.inf, math.nan, "2", None)],
     "inner_steps": [(value, "must be an integer of at least 1", "use 15") for value in [*NOT_COUNTS, None]],
@@ -434,6 +459,7 @@ BAD_FOR = {
     (CheckpointSettings, "every"): [(value, "must be an integer of at least 1", "use 500") for value in NOT_COUNTS],
     (CheckpointSettings, "folder"): [(value, "must be the name of a folder", "runs/job") for value in ("", 3, None)],
     (CheckpointSettings, "keep"): [(value, "must be an integer of at least 1", "use 2") for value in NOT_COUNTS],
+    (AdaptiveBatch, "every"): [(value, "must be an integer of at least 1", "leave it out") for value in NOT_COUNTS],
     (LogSettings, "every"): [(value, "must be an integer of at least 1", "use 50") for value in NOT_COUNTS],
     (LogSettings, "folder"): [(value, "must be the name of a folder", "runs/job") for value in ("", 3, None)],
     (LogSettings, "report"): [(value, "must be True or False") for value in (0, "no", None)],

@@ -1,0 +1,627 @@
+"""A batch that grows: what `AdaptiveBatch(...).attach(...)` returns.
+
+A test costs some passes over the gradient in its step. What the ranks add up for it travels while the next step is
+computed, and counts from that step's end on.
+"""
+
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distopt.batch import estimator
+from distopt.batch.probe import Probe
+from distopt.batch.sampler import GrowingBatchSampler, StepPlan
+from distopt.batch.scaled_rates import ScaledRates
+from distopt.batch.sums import DenseSums, ProbeSums, Sums, from_probe, is_finite
+from distopt.comm import agree
+from distopt.errors import CompatibilityError, ConfigError, DesyncError, DistoptError, StateMismatchError
+from distopt.gradients import Observable
+from distopt.spans import span
+from distopt.version import __version__
+
+if TYPE_CHECKING:
+    from distopt.batch.configuration import AdaptiveBatch
+
+_log = logging.getLogger("distopt")
+_FORMAT = 1
+_GRADIENTS_PER_TEST = 10
+
+
+class BatchController:
+    """Made by `AdaptiveBatch(...).attach(...)`; see there for arguments and errors. Also a context manager.
+
+    ::
+
+        for micro_batches in batch.steps():
+            for inputs, targets in micro_batches:
+                batch.backward(loss_fn(model(inputs), targets))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Attributes:
+        algorithm: The configuration at work.
+        start_batch: Samples of a step at the start, over all ranks.
+        max_batch: Likewise at most: `max_batch` of the configuration, or the data set where it is smaller.
+    """
+
+    family: ClassVar = "batch"
+
+    def __init__(
+        self,
+        algorithm: "AdaptiveBatch",
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: Any,
+        *,
+        beside: Observable | None,
+    ) -> None:
+        self.algorithm = algorithm
+        self._model = getattr(model, "_orig_mod", model)  # of torch.compile
+        self._loader = loader
+        self._beside = beside
+        group: dist.ProcessGroup | None = getattr(beside, "process_group", None)
+        problem: DistoptError | None = None
+        own: dict[str, Any] = {}
+        try:
+            self._check_beside(beside, group)
+            self._sampler = _sampler_of(loader)
+            self._num_ranks = 1 if group is None else group.size()
+            self._check_sampler(0 if group is None else group.rank())
+            self.start_batch = self._sampler.batch_size
+            self.max_batch = self._largest()
+            own = self._facts()
+        except DistoptError as error:
+            problem = error
+        if group is not None:
+            agree(own, problem, group, getattr(beside, "device", torch.device("cpu")))
+        elif problem is not None:
+            raise problem
+
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        device = self._parameters[0].device
+        self._is_dense = beside is not None and beside.makes_dense_mean
+        self._sums: DenseSums | ProbeSums
+        if self._is_dense and self._num_ranks > 1 and algorithm.test != "coordinate":
+            self._sums = DenseSums(projects=algorithm.test == "augmented", device=device)
+        else:
+            probe = Probe(self._parameters, size=algorithm.probe, seed=self._sampler.seed)
+            self._sums = ProbeSums(probe, device=device)
+        local_steps = beside is not None and beside.family != "ddp"
+        self._averages_locally = local_steps  # then a rank's gradient is the mean over its own samples
+        self._every = algorithm.every or (1 if local_steps else _GRADIENTS_PER_TEST)
+        if self._num_ranks == 1:
+            self._every = max(self._every, 2)  # a test needs two gradients
+        fragments = getattr(getattr(beside, "algorithm", None), "fragments", 1)
+
+        self._averages = estimator.Averages(algorithm.ema)
+        self._steps = self._begun_steps = 0
+        self._begun_samples = 0
+        self._gradients = self._tests = self._dropped = self._grown = 0
+        self._bytes_sent = 0
+        self._seconds = 0.0
+        # Samples and steps when the gradients of now were last told of: of so many does the next one tell.
+        self._marks: collections.deque[tuple[int, int]] = collections.deque(maxlen=fragments)
+        self._heard: tuple[float, int] | None = None  # samples of a rank, and steps, of the gradient that is told of
+        self._is_heard = False
+        self._first: tuple[Tensor, Tensor, float] | None = None  # one rank: the first of two gradients
+        self._pending: Callable[[], tuple[Sums, int]] | None = None
+        self._arrived: tuple[dict[str, float], int] | None = None
+        self._needed: float | None = None
+        self._factor = 1.0
+        self._weight = 1.0
+        self._plan: StepPlan | None = None
+        self._rates = ScaledRates(optimizer)
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if beside is not None:
+            self._handles.append(beside.observe_gradients(self))
+        self._attached = True
+
+    # -- the user's side ---------------------------------------------------------------------------------------------
+
+    def steps(self, batches: Iterable[Any] | None = None) -> Iterator[Iterator[Any]]:
+        """The rest of the epoch in steps of the optimizer, each an iterator over this rank's micro-batches.
+
+        Gradients are synchronised on the last micro-batch of each, by DDP's `no_sync`.
+
+        Args:
+            batches: What yields the loader's batches in its place: the loader wrapped by a progress bar, say.
+
+        Raises:
+            CompatibilityError: A step's micro-batches were not all used, or the batches are not those of the loader.
+        """
+        source = iter(self._loader if batches is None else batches)
+        nothing = object()
+        while (first := next(source, nothing)) is not nothing:
+            try:
+                self._plan = plan = self._sampler.take()
+            except IndexError as error:
+                raise CompatibilityError(
+                    "steps needs the batches of the loader that attach was given, got others; call steps() without them"
+                ) from error
+            self._begun_steps += 1
+            self._begun_samples += plan.samples
+            micro_batches = self._micro_batches(plan, first, source)
+            yield micro_batches
+            if not self._sampler.is_between_steps:
+                raise CompatibilityError(
+                    f"all {plan.micro_batches} micro-batches of a step must be used before the next one, got a loop "
+                    "that has left some; go through each of them, or take a smaller batch"
+                )
+            micro_batches.close()  # out of no_sync, if the loop over them was left at the last
+        self._sampler.end_epoch()
+        self._plan = None
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        """`loss.backward()`, weighted so that the step's gradient is the mean over all of its samples.
+
+        Args:
+            loss: The mean over the samples of a micro-batch, scaled by a GradScaler where there is one.
+            options: Of `Tensor.backward`.
+        """
+        (loss * self._weight).backward(**options)
+
+    @property
+    def weight(self) -> float:
+        """What `backward` multiplies the micro-batch's loss by, for a loop that calls another backward."""
+        return self._weight
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a step over all ranks, from the first step on that no loader has begun to fetch."""
+        return self._sampler.batch_size
+
+    @property
+    def noise_scale(self) -> float | None:
+        """TrS over |G|^2, in samples, averaged over tests; None before the first, infinite where there is no signal."""
+        values = self._averages.values
+        return estimator.noise_scale(values["trace"], values["square"]) if values else None
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer, those before a checkpoint included."""
+        return self._steps
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of this rank, without a collective; those before a checkpoint included, but for bytes and seconds.
+
+        `batch_size`, `micro_batch` (of a rank) and `accumulation` (micro-batches of a step) as they are now, `samples`
+        (of all ranks, handed out), `tests`, `dropped` (that found Inf or NaN), `grown` (how often), `noise_scale`,
+        `trace` and `square` (trS and |G|^2, averages), `needed` (the batch that just passes the test),
+        `learning_rate_factor` (of the latest step), `bytes_sent` (for tests) and `seconds_testing`.
+        """
+        values = self._averages.values
+        micro = self._sampler.micro_batch
+        return {
+            "algorithm": self.algorithm.name,
+            "test": self.algorithm.test,
+            "beside": "" if self._beside is None else self._beside.family,
+            "steps": self._steps,
+            "samples": self._begun_samples,
+            "batch_size": self.batch_size,
+            "micro_batch": micro,
+            "accumulation": -(-self.batch_size // (self._num_ranks * micro)),
+            "start_batch": self.start_batch,
+            "max_batch": self.max_batch,
+            "tests": self._tests,
+            "dropped": self._dropped,
+            "grown": self._grown,
+            "noise_scale": self.noise_scale,
+            "trace": values.get("trace"),
+            "square": values.get("square"),
+            "needed": self._needed,
+            "learning_rate_factor": self._factor,
+            "bytes_sent": self._bytes_sent,
+            "seconds_testing": self._seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, the same on every rank, to be taken between steps. Waits for a test that is under way."""
+        self._fetch()
+        return {
+            "format": _FORMAT,
+            "test": self.algorithm.test,
+            "start_batch": self.start_batch,
+            "step": self._steps,
+            "counts": [self._gradients, self._tests, self._dropped, self._grown],
+            "marks": [[self._begun_samples, self._begun_steps], *([a, b] for a, b in self._marks)],
+            "averages": [self._averages.count, dict(self._averages.values)],
+            "arrived": None if self._arrived is None else [dict(self._arrived[0]), self._arrived[1]],
+            "first": None if self._first is None else [self._first[0].clone(), self._first[1].clone(), self._first[2]],
+            "needed": self._needed,
+            "sampler": self._sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state back, the sampler's included: the next iteration of the loader goes on behind its last step.
+
+        Raises:
+            StateMismatchError: It is of another test or of other data.
+        """
+        for name, own in (("format", _FORMAT), ("test", self.algorithm.test)):
+            if (saved := state_dict.get(name)) != own:
+                raise StateMismatchError(
+                    f"the state of a batch and this run must agree in {name}, got {saved!r} then and {own!r} now; load "
+                    "it into the configuration that it was saved from"
+                )
+        self._fetch()
+        self._sampler.load_state_dict(state_dict["sampler"])
+        self.start_batch = int(state_dict["start_batch"])
+        self._steps = int(state_dict["step"])
+        self._gradients, self._tests, self._dropped, self._grown = map(int, state_dict["counts"])
+        (self._begun_samples, self._begun_steps), *marks = state_dict["marks"]
+        self._marks.clear()
+        self._marks.extend((int(samples), int(steps)) for samples, steps in marks)
+        self._averages.count, values = state_dict["averages"]
+        self._averages.values = dict(values)
+        arrived = state_dict["arrived"]
+        self._arrived = None if arrived is None else (dict(arrived[0]), int(arrived[1]))
+        first, device = state_dict["first"], self._parameters[0].device
+        self._first = None if first is None else (first[0].to(device), first[1].to(device), float(first[2]))
+        self._needed = state_dict["needed"]
+        self._is_heard = False
+
+    def detach(self) -> None:
+        """Stops testing and growing; the sampler keeps its size. Not a collective."""
+        if self._attached:
+            try:
+                self._fetch()
+            finally:
+                self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.detach()
+        elif self._attached:  # what is under way may never arrive
+            self._release()
+
+    def _release(self) -> None:
+        self._attached = False
+        self._pending = None
+        self._rates.restore()
+        for handle in self._handles:
+            handle.remove()
+
+    # -- what an attachment tells, see GradientObserver --------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """See `GradientObserver.begin`."""
+        self._is_heard = False
+        self._gradients += 1
+        before = self._marks[0] if len(self._marks) == self._marks.maxlen else (0, 0)
+        self._marks.append((self._begun_samples, self._begun_steps))
+        samples, steps = self._begun_samples - before[0], self._begun_steps - before[1]
+        self._heard = (samples / self._num_ranks, steps)
+        if self._plan is None or not steps:  # a gradient from outside of the loop
+            return False
+        if not self._averages_locally and self._plan.samples % self._num_ranks:
+            return False  # the last step of an epoch: shares differ
+        is_due = self._gradients % self._every == 0
+        if self._num_ranks == 1 and not is_due:
+            is_due = (self._gradients + 1) % self._every == 0  # the first of two
+        if is_due:
+            with self._timed():
+                self._sums.clear((self._gradients + (self._num_ranks == 1)) // self._every)
+        return is_due
+
+    def local(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """See `GradientObserver.local`."""
+        with self._timed(), span("batch", "test"):
+            self._sums.local(parameters, gradients)
+
+    def mean(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """See `GradientObserver.mean`."""
+        with self._timed(), span("batch", "test"):
+            self._sums.mean(parameters, gradients)
+
+    def end(self) -> None:
+        """See `GradientObserver.end`."""
+        self._is_heard = True
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, plan: StepPlan, first: Any, source: Iterator[Any]) -> Generator[Any, None, None]:
+        sizes = plan.sizes(self._sampler.rank, self._num_ranks)
+        whole = sum(sizes) if self._averages_locally else plan.samples / self._num_ranks
+        for number, size in enumerate(sizes):
+            is_last = number == len(sizes) - 1
+            try:
+                micro_batch = next(source) if number else first
+            except StopIteration:
+                raise CompatibilityError(
+                    f"a step has {len(sizes)} micro-batches, got the end of the batches behind {number}; call steps() "
+                    "without batches, and break out of the loop over steps to end early"
+                ) from None
+            self._weight = size / whole
+            if is_last:
+                self._sampler.handed_out()
+            with contextlib.nullcontext() if is_last else self._no_sync():
+                yield micro_batch
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        """What keeps gradients from being exchanged; nothing where the model itself exchanges none."""
+        no_sync = getattr(self._model, "no_sync", contextlib.nullcontext)
+        context: contextlib.AbstractContextManager[Any] = no_sync()
+        return context
+
+    def _before_step(self, *_: Any) -> None:
+        if self._beside is None and self.begin():
+            found = [(p, p.grad) for p in self._parameters if p.grad is not None]
+            self.local([p for p, _ in found], [g for _, g in found if g is not None])
+            self.end()
+        self._fetch()
+        self._take_in()
+        self._ask()
+        self._factor = self._learning_rate_factor()
+        self._rates.scale(self._factor)
+
+    def _after_step(self, *_: Any) -> None:
+        self._rates.restore()
+        self._steps += 1
+        if self._averages_locally:
+            self._fetch()
+            self._take_in()
+            self._ask()  # of an exchange behind this step
+
+    def _learning_rate_factor(self) -> float:
+        rule, values = self.algorithm.learning_rate, self._averages.values
+        if rule is None or self._plan is None or (rule.needs_noise and not values):
+            return 1.0
+        var = max(0.0, values.get("trace", 0.0)) / self.start_batch
+        sqr = max(0.0, values.get("square", 0.0))
+        return rule.factor(self._plan.batch_size, self.start_batch, var=var, sqr=sqr)
+
+    # -- tests -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def _ask(self) -> None:
+        """Begins to add up what has been heard, if a whole gradient has."""
+        if not self._is_heard:
+            return
+        assert self._heard is not None
+        self._is_heard = False
+        samples, steps = self._heard
+        with self._timed(), span("batch", "test"):
+            if isinstance(self._sums, DenseSums):
+                self._pending = self._ask_dense(self._sums, samples, steps)
+            elif self._num_ranks > 1:
+                self._pending = self._ask_probe(self._sums, samples, steps)
+            else:
+                self._pair(self._sums, samples, steps)
+
+    def _ask_dense(self, sums: DenseSums, samples: float, steps: int) -> Callable[[], tuple[Sums, int]]:
+        own = sums.summands()
+        total = torch.cat([own.new_tensor([self.batch_size]), own])
+        wait = self._add_up(total)
+
+        def arrive() -> tuple[Sums, int]:
+            num_ranks = wait()
+            self._check_batch(float(total[0]), num_ranks)
+            return sums.sums(total[1:], num_ranks, samples), steps
+
+        return arrive
+
+    def _ask_probe(self, sums: ProbeSums, samples: float, steps: int) -> Callable[[], tuple[Sums, int]]:
+        row, coordinate = sums.row, self.algorithm.test == "coordinate"
+        scalars = torch.stack(
+            [row.new_tensor(self.batch_size), sums.square.float(), row.double().square().sum().float()]
+        )
+        total = torch.cat([scalars, row, *([row.square()] if coordinate else [])])
+        wait = self._add_up(total)
+
+        def arrive() -> tuple[Sums, int]:
+            num_ranks = wait()
+            batch, squares, probe_squares = total[:3].tolist()
+            self._check_batch(batch, num_ranks)
+            mean = total[3 : 3 + row.numel()] / num_ranks
+            projections = 0.0
+            if self.algorithm.test == "augmented":
+                projection = torch.dot(row.double(), mean.double()).square().view(1)
+                self._add_up(projection)()
+                projections = float(projection)
+            found = from_probe(
+                mean,
+                num_gradients=num_ranks,
+                samples=samples,
+                squares=squares,
+                probe_squares=probe_squares,
+                projections=projections,
+                coordinate_squares=total[3 + row.numel() :] if coordinate else None,
+            )
+            return found, steps
+
+        return arrive
+
+    def _pair(self, sums: ProbeSums, samples: float, steps: int) -> None:
+        """One rank: a test of this gradient and the one before it."""
+        if self._gradients % self._every:
+            self._first = (sums.row, sums.square, samples)
+            return
+        first, self._first = self._first, None
+        if first is None or first[2] != samples:  # the batch has grown between the two
+            return
+        rows = torch.stack([first[0], sums.row])
+        mean = rows.mean(0)
+        found = from_probe(
+            mean,
+            num_gradients=2,
+            samples=samples,
+            squares=float(first[1] + sums.square),
+            probe_squares=float(rows.double().square().sum()),
+            projections=float((rows.double() @ mean.double()).square().sum()),
+            coordinate_squares=rows.square().sum(0) if self.algorithm.test == "coordinate" else None,
+        )
+        self._arrived = (found.quantities(self.algorithm.test), steps)
+
+    def _add_up(self, total: Tensor) -> Callable[[], int]:
+        assert self._beside is not None
+        self._bytes_sent += total.numel() * total.element_size()
+        return self._beside.add_up(total)
+
+    def _fetch(self) -> None:
+        """Waits for the test that is under way; it counts at the next step."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._timed(), span("batch", "test"):
+                sums, steps = pending()
+                self._arrived = (sums.quantities(self.algorithm.test), steps)
+
+    def _take_in(self) -> None:
+        """Counts the test that has arrived, and grows the batch if it says so."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is None:
+            return
+        quantities, steps = arrived
+        if not is_finite(quantities):
+            self._dropped += 1
+            return
+        self._tests += 1
+        self._averages.add(quantities)
+        self._needed = self.algorithm.needed(self._averages.values) / steps
+        if not self._averages.is_settled:
+            return
+        before = self.batch_size
+        after = estimator.grown(
+            before, self._needed, growth=self.algorithm.growth, largest=self.max_batch, multiple=self._num_ranks
+        )
+        if after > before:
+            self._grow(after)
+
+    def _grow(self, batch_size: int) -> None:
+        """First by more micro-batches, then by larger ones."""
+        self._grown += 1
+        micro = max(self._sampler.micro_batch, -(-batch_size // (self._num_ranks * self.algorithm.max_accumulation)))
+        self._sampler.resize(batch_size, micro)
+        _log.info("step %d: the batch grows to %d samples, %d of a rank at a time", self._steps, batch_size, micro)
+
+    def _check_batch(self, total: float, num_ranks: int) -> None:
+        if abs(total / num_ranks - self.batch_size) > 1e-6 * self.batch_size:  # it has travelled in float32
+            raise DesyncError(
+                f"every rank must have the same batch, got {self.batch_size} here and {total / num_ranks:g} on average;"
+                " load the same checkpoint on every rank"
+            )
+
+    # -- checks at attach --------------------------------------------------------------------------------------------
+
+    def _check_beside(self, beside: Observable | None, group: dist.ProcessGroup | None) -> None:
+        if beside is None:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                raise CompatibilityError(
+                    f"a test of {dist.get_world_size()} ranks needs the mean of their gradients, got beside=None; use "
+                    "beside=distopt.Dense().attach(model, optimizer), which averages as DDP does"
+                )
+            return
+        if not hasattr(beside, "observe_gradients"):
+            family = getattr(beside, "family", type(beside).__name__)
+            raise CompatibilityError(
+                f"a test needs the mean of all ranks' gradients, got an attachment of {family!r}, which makes none; "
+                "use beside= an attachment of Dense, TopK, DGC, DiLoCo or SparseLoCo, or leave AdaptiveBatch out"
+            )
+        if group is None:
+            raise CompatibilityError(
+                "the ranks of an adaptive batch begin together, got an attachment that has joined later; start all "
+                "ranks anew, or leave AdaptiveBatch out"
+            )
+        if shard := getattr(beside, "shard", ""):
+            raise CompatibilityError(
+                f"a test needs whole gradients, got shard {shard} of them; leave AdaptiveBatch out where the model is "
+                "sharded"
+            )
+
+    def _check_sampler(self, rank: int) -> None:
+        sampler = self._sampler
+        if (sampler.rank, sampler.num_replicas) != (rank, self._num_ranks):
+            raise CompatibilityError(
+                f"the sampler must be of rank {rank} of {self._num_ranks}, got {sampler.rank} of "
+                f"{sampler.num_replicas}; leave num_replicas and rank out, or give those of the process group"
+            )
+        normalised = [
+            name
+            for name, module in self._model.named_modules()
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+        ]
+        if normalised:
+            sampler.at_least = 2
+            fewest = min(sampler.micro_batch, sampler.length // self._num_ranks)
+            if fewest < 2:
+                raise CompatibilityError(
+                    f"batch normalisation ({normalised[0]!r}) needs micro-batches of at least 2 samples, got {fewest}; "
+                    "use batch_size=2 or more, torch.nn.SyncBatchNorm, or another normalisation"
+                )
+
+    def _largest(self) -> int:
+        """The largest batch there can be: a multiple of the ranks, and no more than the data."""
+        start, largest = self._sampler.batch_size, self.algorithm.max_batch
+        if largest < start:
+            raise ConfigError(
+                f"max_batch must be at least the batch at the start, got {largest} and {start} ({self._num_ranks} "
+                f"ranks with {self._sampler.micro_batch} each); use a larger max_batch, or a smaller batch_size of the "
+                "sampler"
+            )
+        if largest > self._sampler.length:
+            _log.info("the batch grows to no more than the data set, %d samples", self._sampler.length)
+        return max(start, min(largest, self._sampler.length) // self._num_ranks * self._num_ranks)
+
+    def _facts(self) -> dict[str, Any]:
+        sampler = self._sampler
+        return {
+            "distopt version": __version__,
+            "configuration": self.algorithm.to_dict(),
+            "data": {
+                name: getattr(sampler, name)
+                for name in ("length", "seed", "shuffle", "drop_last", "batch_size", "micro_batch")
+            },
+            "loader": {name: getattr(self._loader, name, None) for name in ("num_workers", "prefetch_factor")},
+        }
+
+
+def _sampler_of(loader: Any) -> GrowingBatchSampler:
+    """The sampler of a loader whose batch can change.
+
+    Raises:
+        CompatibilityError: It cannot.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, GrowingBatchSampler):
+        return sampler
+    remedy = (
+        "use DataLoader(dataset, batch_sampler=distopt.batch.GrowingBatchSampler(dataset, batch_size=32)), without "
+        "batch_size, shuffle and sampler of its own"
+    )
+    if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
+        raise CompatibilityError(
+            "the batch can grow only where samples are chosen by number, got a loader of an iterable data set "
+            f"({type(loader.dataset).__name__}), whose size cannot change; give the data set __getitem__ and __len__, "
+            f"then {remedy}"
+        )
+    size = getattr(loader, "batch_size", None)
+    raise CompatibilityError(
+        f"the loader's batch size must be able to change, got {type(loader).__name__}"
+        f"{'' if size is None else f' with batch_size={size}'}; {remedy}"
+    )
