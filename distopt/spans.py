@@ -9,6 +9,7 @@ PHASES = {
     "ddp": ("agree", "select", "launch", "exchange", "decode"),
     "coding": ("round", "gradient", "decode"),
     "gossip": ("exchange", "transfer", "average", "wait"),
+    "local": ("select", "exchange", "wait", "apply"),
     "federated": ("train", "wait", "aggregate", "evaluate"),
     "batch": ("test",),
 }

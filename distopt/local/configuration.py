@@ -19,7 +19,8 @@ from distopt.errors import ConfigError
 from distopt.local.rounds import inner_steps_of
 
 if TYPE_CHECKING:
-    from distopt.local.attachment import LocalAttachment, Scaler  # type: ignore[import-not-found]  # still to come
+    from distopt.local.attachment import LocalAttachment
+    from distopt.step_clock import Scaler
 
 BUFFERS = ("average", "keep")
 AVERAGES = ("world", "senders")

@@ -89,6 +89,12 @@ def under_way(rhythm: Rhythm, step: int) -> tuple[Sending, ...]:
     return tuple(each for each in _near(rhythm, step) if each.sent <= step < each.taken)
 
 
+def sending(rhythm: Rhythm, number: int) -> Sending:
+    """The exchange with this number, counted from 0 through all rounds."""
+    round, fragment = divmod(number, rhythm.fragments)
+    return _of_round(rhythm, round)[fragment]
+
+
 @lru_cache
 def _starts(inner_steps: int, warmup_rounds: int) -> tuple[int, ...]:
     """First steps of the rounds of the warm-up, and of the one after it."""

@@ -46,6 +46,7 @@ class Crew:
         behind: How many exchanges this rank has not made that others of its last crew have.
         new: Those that have no model yet and take the average.
         left: Who has said goodbye.
+        states: What each has said of itself, by number; see `Assembly.meet`.
         asked: How often the members have asked each other for something.
     """
 
@@ -58,7 +59,13 @@ class Crew:
     behind: int = 0
     new: tuple[int, ...] = ()
     left: tuple[int, ...] = ()
+    states: dict[int, Any] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> list[int]:
+        """What tells it from the other crews of a job, as JSON can hold it."""
+        return [self.lead, self.window]
 
     def leave(self) -> None:
         """Breaks the connections, when nothing works on them any more; the others notice when they next use theirs."""
@@ -204,13 +211,14 @@ class Assembly:
             return isinstance(said, dict) and said.get("job") == self._roster.job
         return False
 
-    def meet(self, round_: int, *, new: bool = False, silent: Sequence[int] = ()) -> Crew:
+    def meet(self, round_: int, *, new: bool = False, silent: Sequence[int] = (), state: Any = None) -> Crew:
         """The next crew. Blocks until it is there.
 
         Args:
             round_: The number of the next exchange of this rank.
             new: Whether this rank has no model yet.
             silent: For whom it has waited in vain.
+            state: Anything that JSON can hold, for `Crew.states`.
 
         Raises:
             PeerLostError: No meeting came about.
@@ -225,6 +233,7 @@ class Assembly:
                 "new": new,
                 "silent": [*silent],
                 "from": self._before,
+                "state": state,
             }
             try:
                 told = ask(place, post, self._secret, within_s=None)
@@ -261,7 +270,7 @@ class Assembly:
         store = BoardStore(lambda question: self._ask_of(place, question), int(told["window"]))
         group = form_group(store, members.index(number), len(members), self._interface)
         self._roster.settle(number, lead, members)
-        before, self._before = self._before, [lead, int(told["window"])]
+        before = self._before
         same = [round_ for came_from, round_ in told["rounds"].values() if came_from == before]
         return Crew(
             lead=lead,
@@ -273,7 +282,12 @@ class Assembly:
             behind=max(same) - int(told["rounds"][str(number)][1]) if before is not None else 0,
             new=tuple(told["new"]),
             left=tuple(told["left"]),
+            states={int(number): state for number, state in told["states"].items()},
         )
+
+    def settle(self, crew: Crew) -> None:
+        """This rank has done what its next crew asks for: in later meetings, that is where it comes from."""
+        self._before = crew.identity
 
     def largest(self, crew: Crew, what: str, value: float) -> float:
         """The largest of the members' values. All of them ask at the same time, and block until all have.

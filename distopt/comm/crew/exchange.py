@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,7 @@ class Exchange:
 
     Attributes:
         round: Number of the next exchange.
+        state: What the others hear of this rank when they meet, as JSON can hold it; see `Crew.states`.
         changes: Since the start.
 
     Raises:
@@ -70,10 +72,13 @@ class Exchange:
         self._turn = threading.RLock()  # of whoever exchanges or meets
         self._closing = threading.Event()
         self.changes = Changes()
+        self.state: Any = None
         crew = assembly.meet(0, new=is_new)
         self._crew: Crew | None = crew
         self._is_fresh = bool(crew.new)  # whether `changed` is still to be called
         self._members, self.round = crew.members, crew.round
+        if not self._is_fresh:
+            assembly.settle(crew)
         self._seen = set(crew.members)
         self._thread = threading.Thread(target=self._attend, name="distopt-crew-attendance", daemon=True)
 
@@ -148,20 +153,31 @@ class Exchange:
             if self._is_fresh:
                 if len(crew.new) == len(crew.members):
                     raise PeerLostError("there must be ranks that have a model, got none: all have gone; join others")
-                try:
-                    self._changed(crew)
-                except BrokenError:  # somebody has gone again
-                    self._leave()
+                kept, self.round = self.round, crew.round - crew.behind
+                silent = self._have_changed(crew)
+                if silent is not None:
+                    self.round = kept
+                    self._find_crew(silent)
                     continue
                 self._is_fresh = self._is_new = False
+                self._assembly.settle(crew)
             return crew
+
+    def _have_changed(self, crew: Crew) -> list[int] | None:
+        """None if all is done; else somebody has gone again, or is stopped; see `_perform_once`."""
+        try:
+            self._changed(crew)
+        except BrokenError:
+            return []
+        except SilentError as error:
+            return [crew.members[error.place]]
+        return None
 
     def _find_crew(self, silent: Sequence[int] = ()) -> None:
         """Leaves the crew, which makes the others leave it, and finds the next."""
         self._leave()
-        crew = self._assembly.meet(self.round, new=self._is_new, silent=silent)
+        crew = self._assembly.meet(self.round, new=self._is_new, silent=silent, state=self.state)
         self._crew, self._is_fresh = crew, True
-        self.round = crew.round - crew.behind
         self._note(crew)
 
     def _attend(self) -> None:
@@ -199,6 +215,32 @@ class Exchange:
             log = _log.warning if lost else _log.info
             log("training goes on with ranks %s; %s", ", ".join(map(str, crew.members)), "; ".join(said))
 
+    def in_crew(self, act: Callable[[Crew], None]) -> None:
+        """Does something with all members, which is no exchange. All of them call it, between two exchanges.
+
+        Raises:
+            PeerLostError: Somebody has gone meanwhile.
+        """
+        with self._turn:
+            if self._have_done(act, self._get_ready()):
+                return
+            self._leave()
+        raise PeerLostError("a rank has gone while the ranks did something together; try again")
+
+    @staticmethod
+    def _have_done(act: Callable[[Crew], None], crew: Crew) -> bool:
+        try:
+            act(crew)
+        except (BrokenError, SilentError):
+            return False
+        return True
+
+    @property
+    def is_changing(self) -> Crew | None:
+        """The crew that has met since the last exchange, before this rank has done what that asks for."""
+        crew = self._crew
+        return crew if crew is not None and self._is_fresh else None
+
     def average_of_old(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """After a meeting with newcomers: the average of the others' rows. All members call it.
 
@@ -223,8 +265,11 @@ class Exchange:
         except RuntimeError as error:
             raise BrokenError(range(len(crew.members))) from error
 
-    def add_up(self, tensor: Tensor) -> None:
+    def add_up(self, tensor: Tensor) -> int:
         """Sums a CPU tensor over the members, in place. All of them call it, between two exchanges.
+
+        Returns:
+            Over how many.
 
         Raises:
             PeerLostError: Somebody has gone meanwhile.
@@ -236,6 +281,7 @@ class Exchange:
             except BrokenError as error:
                 self._leave()
                 raise PeerLostError("a rank has gone while numbers were added up; try again") from error
+            return len(crew.members)
 
     def largest(self, what: str, value: Callable[[], float], is_busy: Callable[[], bool]) -> float:
         """The largest of the members' values. All members ask, at the same time, for the same.
