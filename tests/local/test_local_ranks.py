@@ -1,0 +1,103 @@
+"""Local steps between real ranks: the laws, and the simulation's results to the bit."""
+
+import local_rank
+import numpy as np
+import pytest
+import torch
+
+from distopt.local import DiLoCo, SparseLoCo, simulate
+
+STEPS = 14
+SIZE = 3
+SMALL = {"chunk": 16, "k": 4}
+SETTINGS = {
+    "sparse": SparseLoCo(inner_steps=4, **SMALL),
+    "bins, senders, warm-up": SparseLoCo(
+        inner_steps=4, values="2bit-bins", average="senders", warmup_rounds=2, decay=1.0, **SMALL
+    ),
+    "fragments": SparseLoCo(inner_steps=5, fragments=2, values="int8", outer_momentum=0.5, **SMALL),
+    "overlap": SparseLoCo(inner_steps=5, overlap=2, outer_lr=0.7, buffers="keep", **SMALL),
+    "fragments and overlap": SparseLoCo(inner_steps=5, fragments=3, overlap=4, buffers="keep", **SMALL),
+    "dense": DiLoCo(inner_steps=4, buffers="keep"),
+    "dense fragments and overlap": DiLoCo(inner_steps=4, fragments=2, overlap=2, buffers="keep"),
+}
+
+
+def simulated(algorithm, size, make=local_rank.make_model, steps=STEPS, momentum=0.9):
+    return simulate(
+        algorithm,
+        make_model=make,
+        batches=local_rank.batches(size),
+        steps=steps,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=momentum),
+        at_once=False,
+    )
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_real_ranks_do_what_the_simulation_does(ranks, name):
+    algorithm = SETTINGS[name]
+    found = ranks(SIZE)(local_rank.trained, algorithm.to_dict(), STEPS)
+    expected = simulated(algorithm, SIZE)
+    for rank, each in enumerate(found):
+        if isinstance(algorithm, SparseLoCo):
+            assert torch.equal(each["theta"], expected.theta)
+            assert torch.equal(each["model"], expected.models[rank])
+            assert torch.equal(each["residual"], expected.residuals[rank])
+        else:  # gloo adds up in another order
+            assert torch.equal(each["theta"], found[0]["theta"])
+            torch.testing.assert_close(each["theta"], expected.theta, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(each["model"], expected.models[rank], rtol=1e-5, atol=1e-6)
+    if algorithm.buffers == "average":
+        last = [each["buffers"][0] for each in found]
+        assert torch.equal(last[0], last[1]) == (STEPS % algorithm.inner_steps == 0 and not algorithm.overlap)
+
+
+def test_one_inner_step_of_sgd_with_all_sent_is_data_parallel_sgd(ranks):
+    algorithm = SparseLoCo(inner_steps=1, chunk=16, k=16, decay=1.0, values="fp32", outer_lr=1.0)
+    found = ranks(SIZE)(local_rank.trained, algorithm.to_dict(), 6, make=local_rank.make_plain, momentum=0.0)
+    torch.manual_seed(0)
+    model = local_rank.make_plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    given = local_rank.batches(SIZE)
+    for number in range(6):
+        inputs, labels = (torch.cat(each) for each in zip(*(given.of(r, number) for r in range(SIZE)), strict=True))
+        local_rank.step(model, optimizer, (inputs, labels))
+    for each in found:
+        torch.testing.assert_close(each["model"], local_rank.flat(model.parameters()), rtol=1e-5, atol=1e-6)
+        assert torch.equal(each["model"], found[0]["model"])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_any_number_of_ranks(ranks, size):
+    for each in ranks(size)(local_rank.trained, SETTINGS["overlap"].to_dict(), 7):
+        assert each["model"].isfinite().all()
+        assert each["stats"]["members"] == list(range(size))
+
+
+@pytest.mark.parametrize("name", ["sparse", "fragments and overlap", "dense"])
+def test_counted_bytes_are_those_that_are_sent(ranks, name):
+    algorithm, model = SETTINGS[name], local_rank.make_model()
+    width = sum(p.numel() for p in model.parameters())
+    # At attach the first rank gives the others theta, the outer momentum and learning rate, and what is beside theta.
+    given = (SIZE - 1) * ((8 if algorithm.outer_momentum else 4) * width + sum(b.nbytes for b in model.buffers()) + 8)
+    for rank, (stats, passed) in enumerate(ranks(SIZE)(local_rank.counted, algorithm.to_dict(), 8)):
+        contributed = passed - (given if rank == 0 else 0)
+        if name == "dense":
+            assert stats["bytes_sent"] == stats["bytes_dense"] == 2 * 4 * width
+            assert contributed == 0
+            assert stats["link_bytes_sent"] - passed == 2 * 2 * (SIZE - 1) * 4 * width // SIZE  # of a ring
+        else:
+            assert stats["link_bytes_sent"] == passed
+            assert 0 < stats["bytes_sent"] * (SIZE - 1) == contributed
+
+
+def test_the_mean_moves_and_nothing_is_lost(ranks):
+    """sum of Delta == R * updates / alpha + residuals, over all ranks and with beta = 1."""
+    algorithm = SparseLoCo(inner_steps=3, decay=1.0, outer_lr=0.5, **SMALL)
+    found = ranks(SIZE)(local_rank.deltas, algorithm.to_dict(), 12)
+    total = sum(each["deltas"].double() for each in found)
+    moved = (found[0]["start"] - found[0]["theta"]).double() * SIZE / algorithm.outer_lr
+    left = sum(each["residual"].double() for each in found)
+    assert float(left.norm()) > 0.1 * float(moved.norm()) > 0
+    np.testing.assert_allclose(total, moved + left, atol=1e-5)
