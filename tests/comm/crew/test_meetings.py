@@ -94,6 +94,7 @@ class Ranks:
         def one(number):
             try:
                 crews[number] = self.all[number].meet(self.rounds[number], new=number < 0, **options)
+                self.all[number].settle(crews[number])
             except BaseException as error:
                 failures.append(error)
 
