@@ -25,12 +25,14 @@ class ChunkGroup:
     Attributes:
         numel: Elements of each.
         count: Entries sent of each.
+        runs: How many of them lie in each tensor that has any.
         starts: int64 (n, 1), where each begins in the flat tensor.
         entries: int64 (n, count), where its entries are among all that are sent.
     """
 
     numel: int
     count: int
+    runs: tuple[int, ...]
     starts: Tensor
     entries: Tensor
 
@@ -52,13 +54,12 @@ class Chunks:
 
     def __init__(self, sizes: Sequence[int], chunk: int, k: int, device: torch.device | None = None) -> None:
         self.sizes, self.chunk, self.k = tuple(sizes), chunk, k
-        starts, numels, first = [], [], 0
-        for size in sizes:
+        tables, first = [torch.empty((0, 3), dtype=torch.int64)], 0
+        for tensor, size in enumerate(sizes):
             own = torch.arange(0, size, chunk)
-            starts.append(own + first)
-            numels.append((size - own).clamp(max=chunk))
+            tables.append(torch.stack([own + first, (size - own).clamp(max=chunk), torch.full_like(own, tensor)], 1))
             first += size
-        start, numel = (torch.cat(each) if each else torch.empty(0, dtype=torch.int64) for each in (starts, numels))
+        start, numel, tensors = torch.cat(tables).unbind(1)
         count = (numel * k + chunk - 1).div(chunk, rounding_mode="floor")
         self.count = int(count.sum())
         self.segments = torch.stack([start, numel, count], 1).to(device)
@@ -67,6 +68,7 @@ class Chunks:
             ChunkGroup(
                 int(form),
                 int(count[chosen[0]]),
+                tuple(tensors[chosen].unique_consecutive(return_counts=True)[1].tolist()),
                 start[chosen].unsqueeze(1).to(device),
                 (taken[chosen].unsqueeze(1) + torch.arange(int(count[chosen[0]]))).to(device),
             )
@@ -96,68 +98,76 @@ class ChunkPayload:
         return _HEADER_NBYTES + sum(sum(self._parts_of(group)) for group in self._chunks.groups)
 
     def _parts_of(self, group: ChunkGroup) -> list[int]:
-        rows = len(group.starts)
         sections = self._indices.sections(group.numel, group.count)
         return [
-            *(dtype.itemsize * length * rows for dtype, length in sections),
-            self._values.nbytes(rows, group.count),
+            *(dtype.itemsize * length * len(group.starts) for dtype, length in sections),
+            self._values.nbytes(group.runs, group.count),
         ]
 
-    def encode(self, values: Tensor, positions: Tensor) -> Tensor:
-        """The payload, (nbytes,) uint8.
+    def encode(self, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The payload, (nbytes,) uint8, and the values as they will arrive, (count,) float32.
 
         Args:
             values: (count,) finite float32.
             positions: (count,) int32, ascending, as many in each chunk as it sends.
         """
         parts = [torch.tensor(self._fingerprint, dtype=torch.uint8, device=values.device)]
+        arriving = torch.empty_like(values)
         for group in self._chunks.groups:
             local = (positions[group.entries] - group.starts).to(torch.int32)
             parts += [_as_bytes(section) for section in self._indices.encode(local, group.numel)]
-            parts.append(self._values.encode(values[group.entries]))
-        return torch.cat(parts)
+            parts.append(self._values.encode(values[group.entries], group.runs))
+            arriving[group.entries] = self._values.decode(parts[-1], group.runs, group.count)
+        return torch.cat(parts), arriving
 
-    def decode(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """The values as they arrive, (count,) float32, and their positions, (count,) int32, ascending.
+    def decode(self, payloads: Tensor) -> tuple[Tensor, Tensor]:
+        """The values as they arrive and their positions, both (..., count), float32 and ascending int32.
+
+        Args:
+            payloads: (..., nbytes) uint8.
 
         Raises:
             DecodeError: The bytes are not a payload of these chunks, contradict each other or hold NaN or Inf.
         """
-        if payload.dtype != torch.uint8 or payload.shape != (self.nbytes,):
+        if payloads.dtype != torch.uint8 or payloads.shape[-1:] != (self.nbytes,):
             raise DecodeError(
-                f"a payload of these chunks must be {self.nbytes} bytes, got {tuple(payload.shape)} of {payload.dtype}"
-                "; every rank must run the same model and configuration"
+                f"a payload of these chunks must be {self.nbytes} bytes, got {tuple(payloads.shape)} of "
+                f"{payloads.dtype}; every rank must run the same model and configuration"
             )
-        if payload[:_HEADER_NBYTES].tolist() != self._fingerprint:
+        head, rest = payloads.split([_HEADER_NBYTES, self.nbytes - _HEADER_NBYTES], -1)
+        if bool((head != torch.tensor(self._fingerprint, dtype=torch.uint8, device=payloads.device)).any()):
             raise DecodeError(
                 f"the payload of {self.nbytes} bytes does not begin as one of these chunks ({self._chunks.count} of "
                 f"{sum(self._chunks.sizes)} entries); every rank must run the same model and configuration"
             )
-        values = torch.empty(self._chunks.count, dtype=torch.float32, device=payload.device)
-        positions = torch.empty(self._chunks.count, dtype=torch.int32, device=payload.device)
-        rest = payload[_HEADER_NBYTES:]
+        form = (*payloads.shape[:-1], self._chunks.count)
+        values = torch.empty(form, dtype=torch.float32, device=payloads.device)
+        positions = torch.empty(form, dtype=torch.int32, device=payloads.device)
         for group in self._chunks.groups:
             sizes = self._parts_of(group)
-            *index_bytes, value_bytes, rest = rest.split([*sizes, len(rest) - sum(sizes)])
-            rows = len(group.starts)
-            sections = tuple(
-                part.clone().view(dtype).view(rows, length)  # a copy, because a view must begin on an aligned byte
-                for part, (dtype, length) in zip(
-                    index_bytes, self._indices.sections(group.numel, group.count), strict=True
-                )
-            )
-            local = self._indices.decode(sections, group.numel, group.count)
-            if bool((local < 0).any()) or bool((local >= group.numel).any()):
-                raise DecodeError(
-                    f"positions in a chunk must be in [0, {group.numel}), got others; the payload was damaged or was "
-                    "encoded with other settings"
-                )
-            positions[group.entries] = (local + group.starts).to(torch.int32)
-            values[group.entries] = self._values.decode(value_bytes, rows, group.count)
+            *index_bytes, value_bytes, rest = rest.split([*sizes, rest.shape[-1] - sum(sizes)], -1)
+            positions[..., group.entries] = self._positions(group, index_bytes)
+            values[..., group.entries] = self._values.decode(value_bytes, group.runs, group.count)
         if not bool(torch.isfinite(values).all()):
             raise DecodeError("values must be finite, got NaN or Inf; the payload was damaged")
         return values, positions
 
+    def _positions(self, group: ChunkGroup, parts: Sequence[Tensor]) -> Tensor:
+        forms = self._indices.sections(group.numel, group.count)
+        sections = tuple(
+            part.clone(memory_format=torch.contiguous_format)  # a view must begin on an aligned byte
+            .view(dtype)
+            .unflatten(-1, (len(group.starts), length))
+            for part, (dtype, length) in zip(parts, forms, strict=True)
+        )
+        local = self._indices.decode(sections, group.numel, group.count)
+        if bool((local < 0).any()) or bool((local >= group.numel).any()):
+            raise DecodeError(
+                f"positions in a chunk must be in [0, {group.numel}), got others; the payload was damaged or was "
+                "encoded with other settings"
+            )
+        return (local + group.starts).to(torch.int32)
+
 
 def _as_bytes(section: Tensor) -> Tensor:
-    return section.contiguous().view(torch.uint8).view(-1)
+    return section.contiguous().view(-1).view(torch.uint8)

@@ -180,7 +180,7 @@ def contribution_bytes(algorithm: LocalSteps, parameters: int) -> float:
     rows = math.ceil(parameters / chunk)
     sections = INDEX_FORMATS[algorithm.indices].sections(chunk, count)
     positions = sum(dtype.itemsize * length for dtype, length in sections)
-    return float(rows * positions + VALUE_FORMATS[algorithm.values].nbytes(rows, count))
+    return float(rows * positions + VALUE_FORMATS[algorithm.values].nbytes([rows], count))
 
 
 def _part_s(algorithm: LocalSteps, link: Link, num_ranks: int, parameters: int) -> float:

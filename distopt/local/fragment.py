@@ -24,6 +24,8 @@ from distopt.compress import ChunkPayload, Chunks
 from distopt.errors import ConfigError, NonFiniteGradientError, StateMismatchError
 from distopt.local.configuration import DiLoCo, LocalSteps, SparseLoCo
 
+_ENTRIES_AT_ONCE = 1 << 22  # decoded at once, of several ranks: bounds the memory
+
 
 def partition(sizes: Sequence[int], fragments: int) -> list[range]:
     """Which tensors are in each fragment: neighbours, with about equally many elements.
@@ -127,8 +129,7 @@ class Fragment:
         assert self._payload is not None
         residual = torch.zeros_like(self.residual)
         values, positions = ops.ef_sparsify_segments_(delta, residual, self._chunks.segments, self._chunks.count)
-        payload = self._payload.encode(values, positions)
-        arriving, _ = self._payload.decode(payload)
+        payload, arriving = self._payload.encode(values, positions)
         residual[positions.long()] = values - arriving  # what was sent has just been zeroed
         self.residual.copy_(residual)
         return payload
@@ -165,11 +166,12 @@ class Fragment:
         assert isinstance(self._algorithm, SparseLoCo)
         total = torch.zeros_like(self.theta)
         senders = torch.zeros_like(self.theta) if self._algorithm.average == "senders" else None
-        for row in rows:
-            values, positions = self._payload.decode(row)
-            ops.scatter_add_(total, positions, values)
-            if senders is not None:
-                ops.scatter_add_(senders, positions, torch.ones_like(values))
+        assert self._chunks is not None
+        for some in rows.split(max(1, _ENTRIES_AT_ONCE // max(1, self._chunks.count))):
+            for values, positions in zip(*self._payload.decode(some), strict=True):
+                ops.scatter_add_(total, positions, values)
+                if senders is not None:
+                    ops.scatter_add_(senders, positions, torch.ones_like(values))
         return total / (len(rows) if senders is None else senders.clamp_(min=1))
 
     def restart_(self, theta: Tensor, momentum: Tensor | None) -> None:
