@@ -64,6 +64,7 @@ class Indices(StrEnum):
 
     int32 = "int32"
     block16 = "block16"
+    elias_fano = "elias-fano"
 
 
 class Stop(StrEnum):

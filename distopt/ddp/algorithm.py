@@ -106,7 +106,7 @@ class CompressedAlgorithm(DDPAlgorithm):
     density: float = 1e-3  # fraction of each tensor sent per step; smaller sends less and delays more
     warmup: Schedule | None = dataclasses.field(default=None, metadata={"configurable": Schedule})  # denser at first
     values: str = "fp32"  # on the wire: "fp16" and "bf16" halve the values, and their rounding error stays behind
-    indices: str = "int32"  # on the wire: "block16" halves the positions and loses nothing
+    indices: str = "int32"  # on the wire: "block16" and, slower, "elias-fano" send fewer bytes and lose nothing
     exchange: str = "auto"  # "allgather", "balanced", "hierarchical" or "dense"; "auto" takes what will be fastest
     link: Link | None = dataclasses.field(default=None, metadata={"configurable": LinkModel})  # given, not measured
     ranks_per_node: int | None = None  # consecutive ranks that share a node, where the launcher does not say

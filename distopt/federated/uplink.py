@@ -31,7 +31,7 @@ class UplinkCompression(Configurable, tag="uplink", name="top-k"):
     Args:
         density: Fraction of the entries that are sent, at least one; 1 sends all, without positions.
         values: Dtype of the values on the wire, "fp32", "fp16" or "bf16".
-        indices: Format of the positions, "int32" or "block16".
+        indices: Format of the positions, "int32", "block16" or "elias-fano".
         error_feedback: Whether clients keep what was not sent.
 
     Raises:

@@ -46,7 +46,7 @@ class TopKCodec(Codec, name="top-k"):
 
     density: float = 0.01  # fraction of entries; smaller sends less and agrees more slowly
     values: str = "fp32"  # on the wire: "fp16" and "bf16" halve them
-    indices: str = "int32"  # on the wire: "block16" halves the positions
+    indices: str = "int32"  # on the wire: "block16" and "elias-fano" are shorter
 
     def __post_init__(self) -> None:
         check_density("density", self.density)

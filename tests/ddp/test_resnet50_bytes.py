@@ -129,7 +129,7 @@ def test_ratio_at_a_thousandth(parameters, values, indices, record_property):
     if sheet is not None:
         assert sheet - 3 < ratio < sheet + 0.5
     share = 54_120 * WIRE_DTYPES[values].itemsize / sent
-    assert 0.4 < share < 0.6  # dense 1-D tensors, as the sheet says
+    assert 0.4 < share < 0.65  # dense 1-D tensors, as the sheet says
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 64])
