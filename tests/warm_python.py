@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -44,6 +46,16 @@ class Script:
         """Waits for the end: what was written to standard output and standard error."""
         self.wait(timeout)
         return self._written()
+
+    def says(self, pattern, timeout=240.0):
+        """Waits for something on standard output; the match."""
+        end = time.monotonic() + timeout
+        while not (found := re.search(pattern, self._written()[0])):
+            assert time.monotonic() < end, f"nothing like {pattern} in {self._written()}"
+            assert not select.select([self._report], [], [], 0.05)[0] or re.search(pattern, self._written()[0]), (
+                f"it has ended and not said {pattern}: {self._written()}"
+            )
+        return found
 
     def kill(self):
         if self.returncode is None:
