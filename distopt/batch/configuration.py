@@ -15,6 +15,7 @@ from distopt.errors import ConfigError
 if TYPE_CHECKING:
     from distopt.batch.controller import BatchController
     from distopt.gradients import Observable
+    from distopt.step_clock import Scaler
 
 TESTS = ("norm", "augmented", "coordinate")
 
@@ -35,7 +36,7 @@ class AdaptiveBatch(Configurable, tag="batch", name="batch"):
     theta: float = 0.2  # likewise of the inner product test
     nu: float = 1.0  # likewise of the orthogonality test
     max_batch: int = 8192  # samples of a step over all ranks, at most; larger makes fewer rounds
-    every: int | None = None  # gradients from one test to the next; None: 10, or 1 where local steps make one of many
+    every: int | None = None  # gradients from one test to the next; None: 10; of rounds 1, or 4 with a probe
     ema: int = 10  # tests to average over, and to wait for before the first decision; fewer decide sooner, by luck
     growth: float = 2.0  # the most that one test multiplies the batch by
     max_accumulation: int = 8  # micro-batches of a step before they grow themselves; more need no more memory
@@ -88,6 +89,7 @@ class AdaptiveBatch(Configurable, tag="batch", name="batch"):
         loader: Any,
         *,
         beside: "Observable | None" = None,
+        scaler: "Scaler | None" = None,
     ) -> "BatchController":
         """Grows the batches of this loader. Collective where there are several ranks.
 
@@ -96,6 +98,7 @@ class AdaptiveBatch(Configurable, tag="batch", name="batch"):
             optimizer: Its optimizer, any.
             loader: A `DataLoader` whose `batch_sampler` is a `distopt.batch.GrowingBatchSampler`.
             beside: What `attach` of `Dense`, `TopK`, `DGC`, `DiLoCo` or `SparseLoCo` has returned; one rank needs none.
+            scaler: The `torch.amp.GradScaler` in use, if any: beside local steps, ranks skip steps of their own.
 
         Raises:
             ConfigError: `max_batch` is below the batch at the start.
@@ -104,4 +107,4 @@ class AdaptiveBatch(Configurable, tag="batch", name="batch"):
         """
         from distopt.batch.controller import BatchController  # which imports this module
 
-        return BatchController(self, model, optimizer, loader, beside=beside)
+        return BatchController(self, model, optimizer, loader, beside=beside, scaler=scaler)

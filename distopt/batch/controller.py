@@ -26,6 +26,7 @@ from distopt.comm import agree
 from distopt.errors import CompatibilityError, ConfigError, DesyncError, DistoptError, StateMismatchError
 from distopt.gradients import Observable
 from distopt.spans import span
+from distopt.step_clock import Scaler, StepClock
 from distopt.version import __version__
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("distopt")
 _FORMAT = 1
 _GRADIENTS_PER_TEST = 10
+_ROUNDS_PER_PROBE = 4  # a probe may be as large as what a sparse outer step sends
 
 
 class BatchController:
@@ -63,6 +65,7 @@ class BatchController:
         loader: Any,
         *,
         beside: Observable | None,
+        scaler: Scaler | None,
     ) -> None:
         self.algorithm = algorithm
         self._model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -91,16 +94,18 @@ class BatchController:
         self._is_dense = beside is not None and beside.makes_dense_mean
         self._sums: DenseSums | ProbeSums
         if self._is_dense and self._num_ranks > 1 and algorithm.test != "coordinate":
-            self._sums = DenseSums(projects=algorithm.test == "augmented", device=device)
+            self._sums = DenseSums(self._parameters, projects=algorithm.test == "augmented", device=device)
         else:
             probe = Probe(self._parameters, size=algorithm.probe, seed=self._sampler.seed)
             self._sums = ProbeSums(probe, device=device)
         local_steps = beside is not None and beside.family != "ddp"
         self._averages_locally = local_steps  # then a rank's gradient is the mean over its own samples
-        self._every = algorithm.every or (1 if local_steps else _GRADIENTS_PER_TEST)
+        usual = _GRADIENTS_PER_TEST
+        if local_steps:
+            usual = 1 if self._is_dense else _ROUNDS_PER_PROBE
+        self._every = algorithm.every or usual
         if self._num_ranks == 1:
             self._every = max(self._every, 2)  # a test needs two gradients
-        fragments = getattr(getattr(beside, "algorithm", None), "fragments", 1)
 
         self._averages = estimator.Averages(algorithm.ema)
         self._steps = self._begun_steps = 0
@@ -108,8 +113,10 @@ class BatchController:
         self._gradients = self._tests = self._dropped = self._grown = 0
         self._bytes_sent = 0
         self._seconds = 0.0
-        # Samples and steps when the gradients of now were last told of: of so many does the next one tell.
-        self._marks: collections.deque[tuple[int, int]] = collections.deque(maxlen=fragments)
+        # The samples of the latest steps: as many of them as a gradient is made of.
+        inner_steps = getattr(getattr(beside, "algorithm", None), "inner_steps", 1)
+        self._recent: collections.deque[int] = collections.deque(maxlen=inner_steps)
+        self._told_at = 0  # steps when a gradient was told of last
         self._heard: tuple[float, int] | None = None  # samples of a rank, and steps, of the gradient that is told of
         self._is_heard = False
         self._first: tuple[Tensor, Tensor, float] | None = None  # one rank: the first of two gradients
@@ -126,6 +133,8 @@ class BatchController:
         ]
         if beside is not None:
             self._handles.append(beside.observe_gradients(self))
+        # Local steps of ranks differ, and so does what a scaler skips: what is collective is not left to hooks.
+        self._clock = StepClock(optimizer, scaler, self._tick) if local_steps else None
         self._attached = True
 
     # -- the user's side ---------------------------------------------------------------------------------------------
@@ -152,6 +161,7 @@ class BatchController:
                 ) from error
             self._begun_steps += 1
             self._begun_samples += plan.samples
+            self._recent.append(plan.samples)
             micro_batches = self._micro_batches(plan, first, source)
             yield micro_batches
             if not self._sampler.is_between_steps:
@@ -240,8 +250,9 @@ class BatchController:
             "start_batch": self.start_batch,
             "step": self._steps,
             "counts": [self._gradients, self._tests, self._dropped, self._grown],
-            "marks": [[self._begun_samples, self._begun_steps], *([a, b] for a, b in self._marks)],
+            "begun": [self._begun_samples, self._begun_steps, self._told_at, *self._recent],
             "averages": [self._averages.count, dict(self._averages.values)],
+            "hearing": self._hearing(),
             "arrived": None if self._arrived is None else [dict(self._arrived[0]), self._arrived[1]],
             "first": None if self._first is None else [self._first[0].clone(), self._first[1].clone(), self._first[2]],
             "needed": self._needed,
@@ -265,9 +276,9 @@ class BatchController:
         self.start_batch = int(state_dict["start_batch"])
         self._steps = int(state_dict["step"])
         self._gradients, self._tests, self._dropped, self._grown = map(int, state_dict["counts"])
-        (self._begun_samples, self._begun_steps), *marks = state_dict["marks"]
-        self._marks.clear()
-        self._marks.extend((int(samples), int(steps)) for samples, steps in marks)
+        self._begun_samples, self._begun_steps, self._told_at, *recent = map(int, state_dict["begun"])
+        self._recent.clear()
+        self._recent.extend(recent)
         self._averages.count, values = state_dict["averages"]
         self._averages.values = dict(values)
         arrived = state_dict["arrived"]
@@ -275,7 +286,10 @@ class BatchController:
         first, device = state_dict["first"], self._parameters[0].device
         self._first = None if first is None else (first[0].to(device), first[1].to(device), float(first[2]))
         self._needed = state_dict["needed"]
-        self._is_heard = False
+        self._is_heard, self._heard = False, None
+        if (hearing := state_dict["hearing"]) is not None:
+            self._heard = (float(hearing[0]), int(hearing[1]))
+            self._sums.load(int(hearing[2]), hearing[3])
 
     def detach(self) -> None:
         """Stops testing and growing; the sampler keeps its size. Not a collective."""
@@ -302,6 +316,14 @@ class BatchController:
         self._rates.restore()
         for handle in self._handles:
             handle.remove()
+        if self._clock is not None:
+            self._clock.stop()
+
+    def _hearing(self) -> list[Any] | None:
+        """Of a gradient that has been told of in part: fragments of a round are sent one after the other."""
+        if self._clock is None or self._heard is None:
+            return None
+        return [*self._heard, self._test_number, [tensor.clone() for tensor in self._sums.tensors()]]
 
     # -- what an attachment tells, see GradientObserver --------------------------------------------------------------
 
@@ -309,21 +331,27 @@ class BatchController:
         """See `GradientObserver.begin`."""
         self._is_heard = False
         self._gradients += 1
-        before = self._marks[0] if len(self._marks) == self._marks.maxlen else (0, 0)
-        self._marks.append((self._begun_samples, self._begun_steps))
-        samples, steps = self._begun_samples - before[0], self._begun_steps - before[1]
-        self._heard = (samples / self._num_ranks, steps)
-        if self._plan is None or not steps:  # a gradient from outside of the loop
-            return False
-        if not self._averages_locally and self._plan.samples % self._num_ranks:
-            return False  # the last step of an epoch: shares differ
+        steps = min(self._begun_steps - self._told_at, len(self._recent))
+        self._told_at = self._begun_steps
+        self._heard = (sum(list(self._recent)[-steps:]) / self._num_ranks, steps)
+        is_whole = self._plan is not None and steps > 0  # else it is from outside of the loop
+        if is_whole and not self._averages_locally:
+            assert self._plan is not None
+            is_whole = self._plan.samples % self._num_ranks == 0  # in the last step of an epoch shares may differ
         is_due = self._gradients % self._every == 0
         if self._num_ranks == 1 and not is_due:
             is_due = (self._gradients + 1) % self._every == 0  # the first of two
-        if is_due:
+        if is_whole and is_due:
             with self._timed():
-                self._sums.clear((self._gradients + (self._num_ranks == 1)) // self._every)
-        return is_due
+                self._sums.clear(self._test_number)
+        else:
+            self._heard = None
+        return is_whole and is_due
+
+    @property
+    def _test_number(self) -> int:
+        """Of the test that the gradient belongs to; one rank takes two for each."""
+        return (self._gradients + (self._num_ranks == 1)) // self._every
 
     def local(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """See `GradientObserver.local`."""
@@ -370,19 +398,26 @@ class BatchController:
             found = [(p, p.grad) for p in self._parameters if p.grad is not None]
             self.local([p for p, _ in found], [g for _, g in found if g is not None])
             self.end()
-        self._fetch()
-        self._take_in()
-        self._ask()
+        if self._clock is None:
+            self._turn()
         self._factor = self._learning_rate_factor()
         self._rates.scale(self._factor)
 
     def _after_step(self, *_: Any) -> None:
         self._rates.restore()
+        if self._clock is None:
+            self._steps += 1
+
+    def _tick(self) -> None:
+        """Behind each local step, and behind the exchange that it may have made."""
         self._steps += 1
-        if self._averages_locally:
-            self._fetch()
-            self._take_in()
-            self._ask()  # of an exchange behind this step
+        self._turn()
+
+    def _turn(self) -> None:
+        """Once in each step: the test of an earlier gradient counts, that of a new one begins."""
+        self._fetch()
+        self._take_in()
+        self._ask()
 
     def _learning_rate_factor(self) -> float:
         rule, values = self.algorithm.learning_rate, self._averages.values
@@ -407,6 +442,7 @@ class BatchController:
         assert self._heard is not None
         self._is_heard = False
         samples, steps = self._heard
+        self._heard = None
         with self._timed(), span("batch", "test"):
             if isinstance(self._sums, DenseSums):
                 self._pending = self._ask_dense(self._sums, samples, steps)

@@ -65,13 +65,13 @@ class DenseSums:
     """Adds up where `mean` is told.
 
     Args:
+        parameters: Of the model, in an order that all ranks share.
         projects: Whether <g, gbar> is wanted.
         device: Of the gradients.
     """
 
-    nbytes = 0  # of a probe
-
-    def __init__(self, *, projects: bool, device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, projects: bool, device: torch.device) -> None:
+        self._numbers = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._projects = projects
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._own: dict[int, Tensor] = {}
@@ -81,19 +81,30 @@ class DenseSums:
         self._sums.zero_()
         self._own = {}
 
+    def tensors(self) -> list[Tensor]:
+        """What has been added up so far, and of which parameters the mean is still to come: numbers and gradients."""
+        return [self._sums, torch.tensor(list(self._own), dtype=torch.int64), *self._own.values()]
+
+    def load(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Goes on adding up the test of this number."""
+        self.clear(number)
+        self._sums.copy_(tensors[0])
+        self._own = {int(i): own.to(self._sums.device) for i, own in zip(tensors[1], tensors[2:], strict=True)}
+
     @torch.no_grad()
     def local(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """See `GradientObserver.local`."""
         self._sums[0] += squared_norm(gradients)
         if self._projects:
-            self._own.update({id(p): g.detach().clone() for p, g in zip(parameters, gradients, strict=True)})
+            kept = {self._numbers[id(p)]: g.detach().clone() for p, g in zip(parameters, gradients, strict=True)}
+            self._own.update(kept)
 
     @torch.no_grad()
     def mean(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """See `GradientObserver.mean`."""
         self._sums[1] += squared_norm(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True) if self._projects else ():
-            own = self._own.pop(id(parameter))
+            own = self._own.pop(self._numbers[id(parameter)])
             wide = torch.promote_types(gradient.dtype, torch.float32)
             self._sums[2] += torch.dot(flat(own).to(wide), flat(gradient).to(wide))
 
@@ -137,6 +148,16 @@ class ProbeSums:
         self.probe.draw(number, self._device)
         self.row = torch.zeros_like(self.row)
         self._square.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        """What has been added up so far."""
+        return [self.row, self._square]
+
+    def load(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Goes on adding up the test of this number."""
+        self.clear(number)
+        self.row.copy_(tensors[0])
+        self._square.copy_(tensors[1])
 
     @torch.no_grad()
     def local(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -321,6 +321,7 @@ class LocalAttachment:
                     "pieces": [each.state_dict() for each in self._pieces],
                     "others": as_bytes(self._others),
                     "flights": flights,
+                    "listeners": self._listeners.state_dict(),
                 }
             },
         }
@@ -370,7 +371,7 @@ class LocalAttachment:
         self._step = int(state_dict["step"])
         self._outer.outer_lr = float(state_dict["outer_lr"])
         self._outer.go_to(int(state_dict["round"]))
-        self._listeners.forget()
+        self._listeners.load_state_dict(state["listeners"])
 
     def raise_together(self, problem: DistoptError | None) -> None:
         """Raises on every rank that has begun if any has a problem. Collective."""

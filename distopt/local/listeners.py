@@ -1,6 +1,6 @@
 """Who listens to pseudo-gradients: rounds are told one after the other, their fragments as parts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -52,6 +52,20 @@ class Listeners:
         self._under_way.clear()
         for ear in self._ears:
             ear.is_listening = False
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """How far the round is told, and by number who listens to it."""
+        return {
+            "under_way": sorted(self._under_way),
+            "told": sorted(self._told),
+            "listening": [number for number, ear in enumerate(self._ears) if ear.is_listening],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, list[int]]) -> None:
+        """The round is told to its end, to those who listened then and have taken their own states back."""
+        self._under_way, self._told = set(state_dict["under_way"]), set(state_dict["told"])
+        for number, ear in enumerate(self._ears):
+            ear.is_listening = number in state_dict["listening"]
 
     def wants(self, fragment: int) -> bool:
         """Before a fragment is sent: whether somebody listens. A round may begin to be told with the first."""
