@@ -307,6 +307,7 @@ class LocalAttachment:
                     "buffers": flight.buffers,
                     "mean_buffers": outcome.buffers,
                     "restarted": outcome.restarted,
+                    "mean": outcome.mean,
                 }
             )
         return {
@@ -364,7 +365,7 @@ class LocalAttachment:
                 sending(self.algorithm, int(each["number"])),
                 None if each["local"] is None else each["local"].to(self._pieces[0].fragment.theta.device),
                 each["buffers"],
-                Outcome(restarted=each["restarted"], buffers=each["mean_buffers"]),
+                Outcome(restarted=each["restarted"], buffers=each["mean_buffers"], mean=each["mean"]),
             )
             for each in state["flights"]
         ]
