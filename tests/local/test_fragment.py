@@ -45,6 +45,37 @@ def test_no_mass_is_lost(algorithm):
     assert float(held.abs().max()) > 1
 
 
+@pytest.mark.parametrize("average", ["world", "senders"])
+def test_sparseloco_is_its_algorithm_written_out(average):
+    algorithm = SparseLoCo(
+        chunk=16, k=3, decay=0.9, values="fp32", average=average, outer_lr=0.8, outer_momentum=0.5, nesterov=True
+    )
+    parts = fragments(algorithm)
+    theta, momentum = parts[0].theta.clone(), torch.zeros(sum(SIZES))
+    residuals = torch.zeros(3, sum(SIZES))
+    for round in range(6):
+        rows = parts[0].theta + models(seed=round)
+        sent = torch.zeros_like(residuals)
+        for rank in range(3):
+            residuals[rank] = 0.9 * residuals[rank] + (theta - rows[rank])
+            start = 0
+            for size in SIZES:
+                for begin in range(start, start + size, 16):
+                    chunk = slice(begin, min(begin + 16, start + size))
+                    count = -(-3 * (chunk.stop - chunk.start) // 16)
+                    largest = residuals[rank, chunk].abs().topk(count).indices + begin
+                    sent[rank, largest] = residuals[rank, largest]
+                start += size
+        residuals -= sent
+        mean = sent.sum(0) / (3 if average == "world" else (sent != 0).sum(0).clamp(min=1))
+        momentum = 0.5 * momentum + mean
+        theta = theta - 0.8 * (mean + 0.5 * momentum)
+        exchange(parts, rows)
+        torch.testing.assert_close(parts[0].theta, theta, rtol=0, atol=1e-5)
+        for part, residual in zip(parts, residuals, strict=True):
+            torch.testing.assert_close(part.residual, residual, rtol=0, atol=1e-5)
+
+
 def test_senders_are_averaged_over_who_has_sent():
     parts = fragments(SparseLoCo(chunk=16, k=1, values="fp32", average="senders"), ranks=3)
     start = parts[0].theta.clone()
