@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.config import check_count
-from distopt.errors import CompatibilityError, ConfigError
+from distopt.errors import CompatibilityError, ConfigError, NonFiniteGradientError
 from distopt.local.configuration import LocalSteps
 from distopt.local.fragment import Fragment, partition
 from distopt.local.inner_steps import AtOnce, Batch, InnerSteps, Loss, MakeOptimizer, MakeScheduler, OneByOne
@@ -116,7 +116,7 @@ def simulate(
             if first_step_of(algorithm, round) == step - 1:
                 crew.begin_round_(_present(taking_part, round, len(crew.workers)))
             torch.manual_seed(seed + step)  # of dropout and the like
-            losses += crew.step_(batches(step - 1))
+            losses += crew.step_(first if step == 1 else batches(step - 1))
             crew.exchange_(step)
             ends_round = first_step_of(algorithm, round + 1) == step
             if step == steps or (ends_round if evaluate_every is None else step % evaluate_every == 0):
@@ -232,7 +232,12 @@ class _Crew:
 
     def _send_(self, number: int) -> None:
         lead = self.lead[number]
-        rows = [self.workers[each].contribute_(number) for each in self._present]
+        rows = []
+        for each in self._present:
+            try:
+                rows.append(self.workers[each].contribute_(number))
+            except NonFiniteGradientError as error:
+                raise NonFiniteGradientError(f"worker {each}: {error}") from error
         self.bytes_sent += len(rows) * lead.nbytes
         self.bytes_dense += len(rows) * 4 * lead.theta.numel()
         gathered = torch.stack(rows)

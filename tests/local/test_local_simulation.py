@@ -246,6 +246,17 @@ def test_an_outer_learning_rate_and_a_scheduler():
     )
 
 
+def test_batches_are_asked_for_once_and_in_order():
+    asked = []
+
+    def batches(step):
+        asked.append(step)
+        return digits(3)(step)
+
+    run(DiLoCo(inner_steps=2), batches=batches, steps=4)
+    assert asked == [0, 1, 2, 3]
+
+
 def test_bad_input():
     with pytest.raises(CompatibilityError, match=r"parameters that are trained, got none"):
         run(DiLoCo(), make_model=nn.ReLU)
@@ -259,5 +270,5 @@ def test_bad_input():
         run(DiLoCo(), steps=0)
     with pytest.raises(CompatibilityError, match=r"at_once=True needs .*, got taking_part; leave at_once out"):
         run(DiLoCo(), taking_part=lambda round: [0], at_once=True)
-    with pytest.raises(NonFiniteGradientError, match=r"pseudo-gradients must be finite"):
+    with pytest.raises(NonFiniteGradientError, match=r"worker 0: pseudo-gradients must be finite"):
         run(DiLoCo(inner_steps=2), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e38))
