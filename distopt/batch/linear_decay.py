@@ -57,7 +57,8 @@ class RefinedDecay:
 class LinearDecay(LRScheduler):
     """The learning rate falls in proportion to what is left of a run, after a warm-up, or as a refined schedule says.
 
-    It counts in steps (`step()`) or, where the batch may grow, in samples: `advance(batch.batch_size)` after each step.
+    It counts in steps (`step()`) or, where the batch may grow, in samples: `advance_to(batch.stats()["samples"])` after
+    each step.
 
     Args:
         optimizer: Whose learning rates it sets; those that they have now are the largest ones.
@@ -111,20 +112,25 @@ class LinearDecay(LRScheduler):
 
     _get_closed_form_lr = get_lr
 
-    def advance(self, samples: int) -> None:
-        """A step of so many samples is done: the learning rate of the next one is set.
+    def advance_to(self, done: int) -> None:
+        """So many steps or samples of the run are done: sets the learning rate of the next step.
 
         Raises:
-            ConfigError: `samples` is below 1.
+            ConfigError: `done` is less than before, or no count.
         """
-        check_count("samples", samples, low=1, remedy="count the samples of the step over all ranks")
+        check_count("done", done, low=0, remedy="count the samples of all steps so far over all ranks")
+        if done < self.last_epoch:
+            raise ConfigError(
+                f"done must not fall, got {done} after {self.last_epoch}; count from the beginning of the run, not of "
+                "an epoch or a step"
+            )
         if self.last_epoch >= self.total:
             warnings.warn(
-                f"the learning rate has been 0 since all {self.total} samples of the schedule were done; give "
-                "LinearDecay a larger total, or stop there",
+                f"the learning rate has been 0 since {self.total} steps or samples were done; give LinearDecay a "
+                "larger total, or stop there",
                 stacklevel=2,
             )
-        self.last_epoch += samples - 1  # the last one is counted by `step`
+        self.last_epoch = done - 1  # the last one is counted by `step`
         self.step()
 
 
@@ -136,8 +142,8 @@ class GradientNorms:
     Args:
         optimizer: Whose gradients to look at, before its step.
         order: 2 for SGD and its kin, 1 for Adam and its kin, as the paper derives the weights.
-        samples: Called once a step for the number of its samples over all ranks, such as
-            `lambda: batch.batch_size`; None where all steps have equally many.
+        samples: Called before each step for the number of samples of the run so far, over all ranks, the step's own
+            included: `lambda: batch.stats()["samples"]`. None counts steps.
 
     Raises:
         ConfigError: `order` is neither 1 nor 2.
@@ -148,10 +154,10 @@ class GradientNorms:
     ) -> None:
         _check_order(order)
         self.order = order
-        self._samples_of_a_step = samples
+        self._count = samples
         self._norms: list[float] = []
         self._arriving: list[Tensor] = []  # norms that may not be computed yet
-        self._samples: list[int] = []
+        self._done: list[int] = []
         self._hook = optimizer.register_step_pre_hook(self._record)
 
     def _record(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -168,7 +174,7 @@ class GradientNorms:
                 device = parts[0].device
                 together = torch.stack([part.to(device) for part in parts])
                 self._arriving.append(torch.linalg.vector_norm(together, self.order))
-                self._samples.append(1 if self._samples_of_a_step is None else self._samples_of_a_step())
+                self._done.append(len(self._done) + 1 if self._count is None else self._count())
 
     @property
     def norms(self) -> tuple[float, ...]:
@@ -179,9 +185,9 @@ class GradientNorms:
         return tuple(self._norms)
 
     @property
-    def samples(self) -> tuple[int, ...]:
-        """The samples of each step; 1 where they are not counted."""
-        return tuple(self._samples)
+    def done(self) -> tuple[int, ...]:
+        """The samples (without `samples=`, the steps) of the run at the end of each step."""
+        return tuple(self._done)
 
     def refined(self, *, smoothing: float = 0.1) -> RefinedDecay:
         """The schedule for a run like the one recorded, see `refined_decay`; its places follow the samples of steps.
@@ -190,12 +196,11 @@ class GradientNorms:
             ConfigError: Fewer than two steps were recorded, or a norm is 0 or not finite.
         """
         factors = refined_decay(self.norms, order=self.order, smoothing=smoothing)
-        done = np.cumsum((0, *self._samples))
-        return RefinedDecay(at=tuple(done[:-1] / done[-1]), factors=factors)
+        return RefinedDecay(at=tuple(np.array((0, *self._done[:-1])) / self._done[-1]), factors=factors)
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, as plain values."""
-        return {"order": self.order, "norms": list(self.norms), "samples": list(self._samples)}
+        return {"order": self.order, "norms": list(self.norms), "done": list(self._done)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on where the run that saved it stopped.
@@ -209,7 +214,7 @@ class GradientNorms:
                 f"recorder with order={state_dict['order']}"
             )
         self._arriving.clear()
-        self._norms, self._samples = list(state_dict["norms"]), list(state_dict["samples"])
+        self._norms, self._done = list(state_dict["norms"]), list(state_dict["done"])
 
     def remove(self) -> None:
         """Records no more; what was recorded stays."""

@@ -19,12 +19,16 @@ def sgd(lr=0.5):
     return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(2))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr)
 
 
-def rates_of(scheduler, amounts, advance):
+def rates_of(scheduler, amounts=None, *, steps=0):
+    """The rates of steps of so many samples, or of so many steps."""
     rates = []
-    for amount in amounts:
+    for amount in amounts or [None] * steps:
         rates.append(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
-        advance(amount)
+        if amount is None:
+            scheduler.step()
+        else:
+            scheduler.advance_to(scheduler.last_epoch + amount)
     return rates
 
 
@@ -36,7 +40,7 @@ def test_equal_norms_are_linear_decay(order, smoothing):
     recorded = RefinedDecay(at=tuple(t / 10 for t in range(10)), factors=tuple(expected))
     optimizer = sgd()
     scheduler = LinearDecay(optimizer, 10, refined=recorded)
-    assert rates_of(scheduler, range(10), lambda _: scheduler.step()) == pytest.approx([0.5 * f for f in expected])
+    assert rates_of(scheduler, steps=10) == pytest.approx([0.5 * f for f in expected])
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -77,28 +81,28 @@ def test_norms_that_fall_and_then_stay_give_a_warm_up():
 
 def test_a_straight_line_by_steps_and_by_samples():
     scheduler = LinearDecay(sgd(), 10)
-    assert rates_of(scheduler, range(10), lambda _: scheduler.step()) == pytest.approx(
-        [0.05 * (10 - t) for t in range(10)]
-    )
+    assert rates_of(scheduler, steps=10) == pytest.approx([0.05 * (10 - t) for t in range(10)])
     assert scheduler.get_last_lr() == [0.0, 0.0]
     by_samples = LinearDecay(sgd(), 1000)
     amounts = [100, 100, 200, 400, 200]  # the batch grows
-    assert rates_of(by_samples, amounts, by_samples.advance) == pytest.approx([0.5, 0.45, 0.4, 0.3, 0.1])
+    assert rates_of(by_samples, amounts) == pytest.approx([0.5, 0.45, 0.4, 0.3, 0.1])
     assert by_samples.get_last_lr() == [0.0, 0.0]
-    with pytest.warns(UserWarning, match="the learning rate has been 0 since all 1000 samples"):
-        by_samples.advance(100)
+    with pytest.warns(UserWarning, match="the learning rate has been 0 since 1000 steps or samples"):
+        by_samples.advance_to(1100)
+    with pytest.raises(ConfigError, match="done must not fall, got 100 after 1100"):
+        by_samples.advance_to(100)
 
 
 def test_warm_up_then_the_line():
     scheduler = LinearDecay(sgd(1.0), 12, warmup=4)
     expected = [0.2, 0.4, 0.6, 0.8, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    assert rates_of(scheduler, range(12), lambda _: scheduler.step()) == pytest.approx(expected)
+    assert rates_of(scheduler, steps=12) == pytest.approx(expected)
 
 
 def test_a_refined_schedule_is_stretched_and_follows_samples():
     refined = RefinedDecay(at=(0, 0.1, 0.6), factors=(0.5, 1.0, 0.0))  # steps of 1, 5 and 4 tenths of the samples
     scheduler = LinearDecay(sgd(1.0), 1000, refined=refined)
-    assert rates_of(scheduler, [50, 50, 250, 250], scheduler.advance) == pytest.approx([0.5, 0.75, 1.0, 0.5])
+    assert rates_of(scheduler, [50, 50, 250, 250]) == pytest.approx([0.5, 0.75, 1.0, 0.5])
     assert scheduler.get_last_lr() == [0.0, 0.0]
     assert RefinedDecay(**json.loads(json.dumps(dataclasses.asdict(refined)))) == refined
 
@@ -113,21 +117,21 @@ def through_a_file(state):
 @pytest.mark.parametrize("refined", [None, RefinedDecay(at=(0, 0.3), factors=(1.0, 0.25))], ids=["line", "refined"])
 def test_stopped_and_resumed_is_uninterrupted(refined):
     straight = LinearDecay(sgd(), 100, refined=refined)
-    expected = rates_of(straight, [10, 20, 30, 40], straight.advance)
+    expected = rates_of(straight, [10, 20, 30, 40])
     first = LinearDecay(sgd(), 100, refined=refined)
-    rates = rates_of(first, [10, 20], first.advance)
+    rates = rates_of(first, [10, 20])
     optimizer = sgd()
     second = LinearDecay(optimizer, 100)
     optimizer.load_state_dict(through_a_file(first.optimizer.state_dict()))
     second.load_state_dict(through_a_file(first.state_dict()))
-    assert rates + rates_of(second, [30, 40], second.advance) == expected
+    assert rates + rates_of(second, [30, 40]) == expected
 
 
 def test_the_recorder_has_the_norms_of_all_gradients_and_the_samples():
     optimizer = sgd()
     (a, b) = (group["params"][0] for group in optimizer.param_groups)
-    sizes = iter([10, 30])
-    two, one = GradientNorms(optimizer, samples=lambda: next(sizes)), GradientNorms(optimizer, order=1)
+    counts = iter([10, 40])
+    two, one = GradientNorms(optimizer, samples=lambda: next(counts)), GradientNorms(optimizer, order=1)
     for scale in (1.0, 2.0):
         a.grad, b.grad = scale * torch.tensor([2.0, -3.0]), scale * torch.tensor([6.0])
         optimizer.step()
@@ -135,16 +139,16 @@ def test_the_recorder_has_the_norms_of_all_gradients_and_the_samples():
     optimizer.step()  # no gradients: nothing to record
     assert two.norms == pytest.approx((7.0, 14.0))
     assert one.norms == pytest.approx((11.0, 22.0))
-    assert (two.samples, one.samples) == ((10, 30), (1, 1))
+    assert (two.done, one.done) == ((10, 40), (1, 2))
     assert two.refined(smoothing=0).at == (0.0, 0.25)
     assert one.refined().factors == refined_decay((11.0, 22.0), order=1)
-    other = GradientNorms(optimizer, samples=lambda: 60)
+    other = GradientNorms(optimizer, samples=lambda: 100)
     other.load_state_dict(through_a_file(two.state_dict()))
     two.remove()
     a.grad = torch.tensor([3.0, 4.0])
     optimizer.step()
     assert other.norms == pytest.approx((7.0, 14.0, 5.0))
-    assert other.samples == (10, 30, 60)
+    assert other.done == (10, 40, 100)
     assert len(two.norms) == 2
     with pytest.raises(ConfigError, match="order must be that of the saved norms, 2, got 1"):
         one.load_state_dict(other.state_dict())
@@ -187,7 +191,7 @@ def test_a_recorded_run_refines_the_next_one():
             lambda: LinearDecay(sgd(), 10, warmup=2, refined=RefinedDecay(at=(0,), factors=(1,))),
             "warmup must be 0 beside a refined schedule, got 2",
         ),
-        (lambda: LinearDecay(sgd(), 10).advance(0), "samples must be an integer of at least 1, got 0"),
+        (lambda: LinearDecay(sgd(), 10).advance_to(2.5), "done must be an integer of at least 0, got 2.5"),
         (lambda: RefinedDecay(at=(0, 0.5), factors=(1,)), "got 2 places for 1 factors"),
         (lambda: RefinedDecay(at=(0, 0.5, 0.5), factors=(1, 1, 1)), "at must rise from 0 to below 1"),
         (lambda: RefinedDecay(at=(0,), factors=(1.5,)), r"factors must be in \[0, 1\], got \(1.5,\)"),
