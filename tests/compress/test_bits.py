@@ -9,7 +9,7 @@ from distopt.compress.bits import pack, packed_nbytes, unpack
 from distopt.errors import DecodeError
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(width=st.integers(0, 31), count=st.integers(0, 40), rows=st.integers(1, 3), seed=st.integers(0, 99))
 def test_round_trip(width, count, rows, seed):
     fields = torch.randint(0, 2**width, (rows, count), generator=torch.Generator().manual_seed(seed)).int()

@@ -16,7 +16,7 @@ def selected(chunks, seed=0):
     return ef_sparsify_segments_(x, torch.zeros(numel), chunks.segments, chunks.count)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_chunks_cover_every_tensor_once(data):
     sizes = data.draw(st.lists(st.integers(0, 50), max_size=6))
@@ -93,7 +93,7 @@ def test_what_is_no_payload_of_these_chunks():
         plain.decode(damaged)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     values=st.sampled_from(sorted(VALUE_FORMATS)),

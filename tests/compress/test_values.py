@@ -91,7 +91,7 @@ def test_the_largest_number_saturates(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(
         st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=3, max_size=3),
@@ -102,7 +102,8 @@ def test_the_largest_number_saturates(name):
 def test_what_arrives_is_finite_and_no_larger_than_the_largest(name, rows):
     values = torch.tensor(rows, dtype=torch.float32)
     arrived = passed(name, values, [1] * (len(rows) // 2) + [len(rows) - len(rows) // 2])
-    assert bool((arrived.abs() <= values.abs().max() * 1.001).all())
+    last_place = 2.0**-24 if name == "fp16" else 0.0  # of its denormals
+    assert bool((arrived.abs() <= values.abs().max() * 1.001 + last_place).all())
 
 
 def test_rows_of_very_different_size_are_told_apart():

