@@ -14,6 +14,7 @@ from distopt.job.checkpoint_folder import CheckpointFolder
 _MODELS = {
     "ddp": "a DistributedDataParallel model",
     "gossip": "the bare model, which is not wrapped in DDP",
+    "local": "the bare model, which is not wrapped in DDP",
     "coding": "the bare model, on a master and its workers",
 }
 

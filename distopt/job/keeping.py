@@ -1,8 +1,8 @@
 """How the ranks of a job keep a checkpoint together: who writes what, and when it counts. One class for each family.
 
-Replicas are equal: rank 0 writes what they share, every rank what its algorithm holds back. Under gossip models differ,
-so every rank writes its own, and those that are left go on where one is lost meanwhile. In coded training rank 0 has
-all there is.
+Replicas are equal: rank 0 writes what they share, every rank what its algorithm holds back. Under gossip and
+between local steps models differ, so every rank writes its own, and those that are left go on where one is lost
+meanwhile. In coded training rank 0 has all there is.
 """
 
 import logging
@@ -132,8 +132,8 @@ class OfReplicas(Keeper):
         return mark
 
 
-class OfGossip(Keeper):
-    """Of the gossip family: models differ, and ranks come and go."""
+class OfDifferent(Keeper):
+    """Models differ by rank, and ranks come and go."""
 
     def save(self, mark: Mark) -> None:
         """See `Keeper.save`. Where a rank is lost meanwhile there is no checkpoint, and the run goes on."""
@@ -172,7 +172,7 @@ class OfGossip(Keeper):
         try:
             if (saved := self._folder.facts(mark)["ranks"]) != num_ranks:
                 raise StateMismatchError(
-                    f"models under gossip differ by rank, so {mark} of {saved} ranks needs as many, got {num_ranks}; "
+                    f"models differ by rank, so {mark} of {saved} ranks needs as many, got {num_ranks}; "
                     f"start {saved}, or name another folder"
                 )
             self._take_back(load_parts(self._folder.place_of(mark), _stem(place, num_ranks)))
@@ -183,15 +183,37 @@ class OfGossip(Keeper):
         return mark
 
     def _everybody_is_here(self) -> None:
-        """Waits for those that take part now: all of them measure how far they are apart."""
+        """Waits for those that take part now."""
         for others in reversed(range(self._attachment.place[1])):
             try:
-                self._attachment.consensus_distance()
+                self._ask_all()
             except PeerLostError:
                 if not others:
                     raise
                 continue  # somebody has gone meanwhile; those that are left are asked again
             return
+
+    @abstractmethod
+    def _ask_all(self) -> None:
+        """Something in which all that take part now must have a part.
+
+        Raises:
+            PeerLostError: Somebody has gone meanwhile.
+        """
+
+
+class OfGossip(OfDifferent):
+    """Of the gossip family."""
+
+    def _ask_all(self) -> None:
+        self._attachment.consensus_distance()
+
+
+class OfLocalSteps(OfDifferent):
+    """Of local steps: between two exchanges each rank has its own model."""
+
+    def _ask_all(self) -> None:
+        self._attachment.add_up(torch.zeros(1))()
 
 
 class OfMaster(Keeper):
@@ -223,7 +245,7 @@ class OfMaster(Keeper):
         return mark
 
 
-KEEPERS: dict[str, type[Keeper]] = {"ddp": OfReplicas, "gossip": OfGossip, "coding": OfMaster}
+KEEPERS: dict[str, type[Keeper]] = {"ddp": OfReplicas, "gossip": OfGossip, "local": OfLocalSteps, "coding": OfMaster}
 
 
 def keeper_for(folder: CheckpointFolder, attachment: Any, parts: Mapping[str, Part]) -> Keeper:

@@ -32,7 +32,7 @@ class Observed(Protocol):
 
     @property
     def family(self) -> str:
-        """The family that its numbers belong to: "ddp", "coding", "gossip"."""
+        """The family that its numbers belong to: "ddp", "coding", "gossip", "local"."""
 
     @property
     def rank(self) -> int:

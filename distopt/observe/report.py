@@ -97,6 +97,27 @@ def _gossip(run: RankRun) -> Iterator[str]:
         yield f"Joined later: {', '.join(map(str, stats['joined']))}"
 
 
+def _local(run: RankRun) -> Iterator[str]:
+    stats = run.last
+    yield _steps(run, f"{stats['algorithm']} with {len(stats['members'])} ranks, outer_lr {stats['outer_lr']:g}")
+    yield f"{int(run.total('exchanges'))} exchanges, {int(run.total('rounds'))} rounds complete"
+    sent, dense = run.total("bytes_sent"), run.total("bytes_dense")
+    yield f"Sent {_size(sent)}, {_ratio(sent, dense)} the same parameters in fp32 ({_size(dense)})"
+    yield f"On the link: {_size(run.total('link_bytes_sent'))}, to all the others"
+    yield from _shares(
+        run,
+        ("selecting and encoding", "seconds_selecting"),
+        ("waiting for exchanges", "seconds_exchanging"),
+        ("exchanges behind the computation", "seconds_hidden"),
+    )
+    if restarts := int(run.total("restarts")):
+        yield f"Warning: this rank has missed exchanges {restarts} times, and took the others' model."
+    if stats["lost"]:
+        yield f"Warning: lost ranks: {', '.join(map(str, stats['lost']))}."
+    if stats["joined"]:
+        yield f"Joined later: {', '.join(map(str, stats['joined']))}"
+
+
 def _coding(run: RankRun) -> Iterator[str]:
     stats = run.last
     scheme = "(".join((stats["algorithm"], ", ".join(f"{key}={value}" for key, value in stats["scheme"].items()))) + ")"
@@ -136,7 +157,7 @@ def _other(run: RankRun) -> Iterator[str]:
 
 
 _FAMILIES: dict[str, Callable[[RankRun], Iterator[str]]] = {
-    "ddp": _ddp, "gossip": _gossip, "coding": _coding, "federated": _federated,
+    "ddp": _ddp, "gossip": _gossip, "local": _local, "coding": _coding, "federated": _federated,
 }  # fmt: skip
 
 
@@ -166,7 +187,7 @@ def _shares(run: RankRun, *phases: tuple[str, str]) -> Iterator[str]:
         yield f"  {1e3 * seconds:8.2f} ms {seconds / step:5.0%}  {told}"
 
 
-_WAITING = {"ddp": "seconds_communicating", "gossip": "seconds_exchanging"}
+_WAITING = {"ddp": "seconds_communicating", "gossip": "seconds_exchanging", "local": "seconds_exchanging"}
 
 
 def _slowest(runs: Mapping[int, RankRun]) -> Iterator[str]:

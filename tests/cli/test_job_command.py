@@ -68,7 +68,7 @@ def test_without_tables(tmp_path):
     path = tmp_path / "job.json"
     path.write_text('{"algorithm": "gossip"}')
     ran = job(path)
-    assert "gossip, for the bare model" in ran.output
+    assert "gossip, for the bare model" in " ".join(ran.output.split())
     assert "Checkpoints: none" in ran.output
     assert "Log: none" in ran.output
 

@@ -1,4 +1,4 @@
-"""One rank of a job to which things happen; `gossip_job.Job` starts it and reads what it says."""
+"""One rank of a job to which things happen; `rank_job.Job` starts it and reads what it says."""
 
 import contextlib
 import ctypes
@@ -15,27 +15,10 @@ from torch import nn
 
 import distopt
 from distopt.gossip import Gossip
+from fault_facts import Rank
 from listening import heard
 
 _CLONE_NEWNET = 0x40000000
-LONGEST_S = 150.0  # then it ends, whatever happens
-
-
-class Rank:
-    """Says what happens to it, a line of JSON each."""
-
-    def __init__(self, options):
-        self.options = options
-        self.folder = Path(options["folder"])
-        self._file = (self.folder / f"{options['label']}.jsonl").open("w", buffering=1)
-        self.began = time.monotonic()
-
-    def say(self, **event):
-        self._file.write(json.dumps({"at": round(time.monotonic() - self.began, 3), **event}) + "\n")
-
-    def is_told(self, what):
-        assert time.monotonic() - self.began < LONGEST_S, "the job has taken too long"
-        return (self.folder / what).exists()
 
 
 def make_model(seed):
@@ -88,7 +71,7 @@ def _train(rank, options):
     if join is None:
         torch.distributed.init_process_group("gloo")
     runs = {}
-    for place, (name, described) in enumerate(options["gossips"].items()):
+    for place, (name, described) in enumerate(options["algorithms"].items()):
         model = make_model(100 * number + place)
         optimizer = torch.optim.SGD(model.parameters(), lr=options["lr"])
         before = flat(model)
@@ -143,7 +126,7 @@ def _train_and_save(rank, options):
     """
     torch.distributed.init_process_group("gloo")
     number, half = options["number"], options["steps"] // 2
-    for name, described in options["gossips"].items():
+    for name, described in options["algorithms"].items():
         model = make_model(number)
         optimizer = torch.optim.SGD(model.parameters(), lr=options["lr"], momentum=0.5)
         attached = Gossip.from_dict(described).attach(model, optimizer)

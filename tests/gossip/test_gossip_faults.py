@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from gossip_job import Job
 
 from distopt.gossip import (
     Choco,
@@ -19,6 +18,7 @@ from distopt.gossip import (
     TopKCodec,
     Weighted,
 )
+from rank_job import Job
 
 pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
 

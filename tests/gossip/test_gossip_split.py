@@ -4,10 +4,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from gossip_job import Job
 
 from distopt.gossip import Gossip
 from netns import NAME, cluster, needs_namespaces
+from rank_job import Job
 
 pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
 HALVES = ([0, 1], [2, 3])

@@ -17,6 +17,7 @@ from distopt.job.keeping import keeper_for
 
 DGC = {"algorithm": "dgc", "density": 0.1, "exchange": "allgather"}
 GOSSIP = {"algorithm": "gossip", "topology": "ring", "correction": "off"}
+LOCAL = {"algorithm": "sparseloco", "inner_steps": 3, "overlap": 1, "chunk": 16, "k": 4}  # under way at step 4
 
 
 class Job:
@@ -65,7 +66,7 @@ def names(folder):
     return sorted(each.name for each in (folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("algorithm", [DGC, GOSSIP], ids=["dgc", "gossip"])
+@pytest.mark.parametrize("algorithm", [DGC, GOSSIP, LOCAL], ids=["dgc", "gossip", "local"])
 def test_a_run_that_stops_goes_on_to_the_same_bits(ranks, tmp_path, algorithm):
     whole = ranks(2)(on_ranks, algorithm, tmp_path / "whole")
     assert names(tmp_path / "whole") == ["step-12", "step-8"]

@@ -114,3 +114,105 @@ def deltas(described, steps):
     start = flat(make_model().parameters())
     found = trained(described, steps, observer=Sum)
     return {"deltas": found["heard"]["local"], "start": start, **found}
+
+
+class Loop:
+    """A training whose model is of some dtype, or whose scaler skips a step on one rank."""
+
+    def __init__(self, kind):
+        self.rank, size = dist.get_rank(), dist.get_world_size()
+        self.kind, self.given = kind, batches(size)
+        torch.manual_seed(self.rank)
+        self.model = make_model()
+        if kind in ("bfloat16", "float64"):
+            self.model = self.model.to(getattr(torch, kind))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3) if kind == "scaler" else None
+
+    def parts(self):
+        scaler = {} if self.scaler is None else {"scaler": self.scaler}
+        return {"model": self.model, "optimizer": self.optimizer, **scaler}
+
+    def run(self, attached, start, stop):
+        for number in range(start, stop):
+            if number == 5:
+                attached.outer_lr = 0.6
+            inputs, labels = self.given.of(self.rank, number)
+            self.optimizer.zero_grad()
+            dtype = next(self.model.parameters()).dtype
+            loss = nn.functional.cross_entropy(self.model(inputs.to(dtype)), labels)
+            if self.scaler is None:
+                loss.backward()
+                self.optimizer.step()
+                continue
+            self.scaler.scale(loss).backward()
+            if number in (3, 9) and self.rank == 1:
+                next(self.model.parameters()).grad.fill_(torch.inf)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def result(self, attached):
+        attached.shared_state_dict()  # waits for what is under way, which moves theta
+        return {
+            "model": flat(self.model.parameters()).clone(),
+            "theta": theta_of(attached),
+            "residual": residual_of(attached),
+            "buffers": [each.tolist() for each in self.model.buffers()],
+            "step": attached.step,
+        }
+
+
+def saved_and_whole(described, kind, folder):
+    """15 steps, with a checkpoint after 7 where there is a folder for it."""
+    import distopt
+
+    loop = Loop(kind)
+    with Algorithm.from_dict(described).attach(loop.model, loop.optimizer, scaler=loop.scaler) as attached:
+        loop.run(attached, 0, 7)
+        under_way = attached.stats()["under_way"]
+        if folder is not None:
+            distopt.checkpoint.save(attached, folder)
+            parts = {name: part.state_dict() for name, part in loop.parts().items()}
+            torch.save(parts, f"{folder}/own-{loop.rank}.pt")
+        loop.run(attached, 7, 15)
+        return {"under_way": under_way, **loop.result(attached)}
+
+
+def resumed(described, kind, folder):
+    """The last 8 steps, in new objects."""
+    import distopt
+
+    loop = Loop(kind)
+    states = torch.load(f"{folder}/own-{loop.rank}.pt")
+    for name, part in loop.parts().items():
+        part.load_state_dict(states[name])
+    with Algorithm.from_dict(described).attach(loop.model, loop.optimizer, scaler=loop.scaler) as attached:
+        distopt.checkpoint.load(attached, folder)
+        loop.run(attached, 7, 15)
+        return loop.result(attached)
+
+
+def refused_state(case):
+    """What a process alone says of a state that does not fit, and whether nothing has changed."""
+    from distopt.errors import StateMismatchError
+    from distopt.local import SparseLoCo
+
+    def attached_to(model, **changed):
+        settings = {"inner_steps": 2, "chunk": 16, "k": 4, **changed}
+        return SparseLoCo(**settings).attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    others = {"model": nn.Linear(6, 3), "buffers": nn.Sequential(*make_model(), nn.BatchNorm1d(3, affine=False))}
+    with attached_to(others.get(case, make_model()), **({"k": 3} if case == "configuration" else {})) as attached:
+        state = attached.state_dict()
+    if case == "ranks":
+        state["world_size"] = 2
+    if case == "place":
+        state["ranks"] = {7: state["ranks"][0]}
+    model = make_model() if case != "model" else nn.Linear(6, 4)
+    with attached_to(model) as attached:
+        before = flat(model.parameters()).clone()
+        try:
+            attached.load_state_dict(state)
+        except StateMismatchError as error:
+            return f"StateMismatchError: {error}", torch.equal(before, flat(model.parameters()))
+    return "nothing", True

@@ -57,6 +57,20 @@ def gossip_spans(exchange):
         return names_in(work)
 
 
+def local_spans(overlap):
+    model, make = linear()
+    optimizer = make(model.parameters())
+    with distopt.SparseLoCo(inner_steps=2, overlap=overlap).attach(model, optimizer) as attached:
+
+        def work():
+            for _ in range(2):
+                model(torch.ones(4, 40)).square().mean().backward()
+                optimizer.step()
+            attached.flush()
+
+        return names_in(work)
+
+
 def coding_spans(master):
     model, make = linear()
     optimizer = make(model.parameters())
@@ -91,6 +105,12 @@ def test_ddp(ranks, algorithm, phases):
 def test_gossip(ranks, exchange, more):
     for found in ranks(2)(gossip_spans, exchange):
         assert found == named("gossip", "exchange", "transfer", "average", *more)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_local(ranks, overlap):
+    for found in ranks(2)(local_spans, overlap):
+        assert found == named("local", "select", "exchange", "apply", "wait")
 
 
 def test_coding(ranks):

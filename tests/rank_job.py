@@ -1,4 +1,4 @@
-"""Jobs of gossiping ranks that have no agent: each a process of its own, which a test may kill, stop and start."""
+"""Jobs of ranks that have no agent: each a process of its own, which a test may kill, stop and start."""
 
 import contextlib
 import json
@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 DEADLINE_S = 120.0
-CODE = "import fault_rank; fault_rank.main()"
 
 
 def free_port():
@@ -19,12 +18,14 @@ def free_port():
 
 
 class Job:
-    """Starts ranks of `fault_rank`; a context manager that ends what is left of them."""
+    """Starts ranks of a module whose `main` says what happens; a context manager that ends what is left of them."""
 
-    def __init__(self, warm_python, folder, size, gossips, *, lr=0.0, master="127.0.0.1", **options):
+    module = "fault_rank"
+
+    def __init__(self, warm_python, folder, size, algorithms, *, lr=0.0, master="127.0.0.1", **options):
         self._python, self.folder, self.size = warm_python, Path(folder), size
         self.folder.mkdir(exist_ok=True)
-        self._options = {"gossips": {name: each.to_dict() for name, each in gossips.items()}, "lr": lr, **options}
+        self._options = {"algorithms": {name: each.to_dict() for name, each in algorithms.items()}, "lr": lr, **options}
         self._master = {"MASTER_ADDR": master, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
         self.scripts = {}
 
@@ -44,8 +45,9 @@ class Job:
             own = {key: value[rank] if isinstance(value, list) else value for key, value in options.items()}
             environment = own.pop("environment", {})
             given = {**self._options, "folder": str(self.folder), "label": str(rank), "number": rank, **own}
+            code = f"import {self.module}; {self.module}.main()"
             self.scripts[rank] = self._python.start(
-                CODE, json.dumps(given), path=None, RANK=str(rank), **self._master, **environment
+                code, json.dumps(given), path=None, RANK=str(rank), **self._master, **environment
             )
         return self
 

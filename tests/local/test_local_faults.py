@@ -1,0 +1,144 @@
+"""Ranks of local steps that are killed, stopped, late or leave, in jobs of real processes that no agent holds together.
+
+In all of them: theta is the same bits on all ranks after every exchange, and with all sent it is the mean of the models
+of those that took part.
+"""
+
+import signal
+
+import numpy as np
+import pytest
+
+import rank_job
+from distopt.local import DiLoCo, SparseLoCo
+
+pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
+
+FULL = {"chunk": 64, "k": 64, "decay": 1.0, "values": "fp32"}  # all is sent: theta is the mean
+TIMES = {"peer_timeout": 60.0, "grace": 1.0}
+MEANS = {
+    "sparse": SparseLoCo(inner_steps=4, **FULL, **TIMES),
+    "dense": DiLoCo(inner_steps=4, outer_lr=1.0, outer_momentum=0.0, nesterov=False, **TIMES),
+}
+OTHERS = {
+    "momentum": DiLoCo(inner_steps=5, overlap=3, fragments=2, **TIMES),
+    "streamed": SparseLoCo(inner_steps=6, overlap=3, fragments=3, chunk=8, k=2, outer_momentum=0.3, **TIMES),
+}
+ALL = {**MEANS, **OTHERS}
+
+
+class LocalJob(rank_job.Job):
+    module = "local_fault_rank"
+
+
+@pytest.fixture
+def job(warm_python, tmp_path):
+    def start(size, algorithms, **options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return LocalJob(warm_python, folder, size, algorithms, lr=0.05, **options)
+
+    return start
+
+
+def check_exchanges(job, ranks, names):
+    """What holds of every exchange; returns who took part in each, by the number of exchanges after it."""
+    taken_part = {}
+    for name in names:
+        by_number = {}
+        for rank in ranks:
+            for each in job.events(rank, "exchange", name):
+                by_number.setdefault(each["done"], {})[rank] = each
+        for number, told in by_number.items():
+            assert len({each["theta"] for each in told.values()}) == 1, (name, number)
+            senders = next((each["senders"] for each in told.values() if each["senders"]), [])
+            assert all(each["senders"] in ([], senders) for each in told.values()), (name, number)
+            owns = {job_number(job, rank): each["own"] for rank, each in told.items() if not each["restarted"]}
+            if names[name] is MEANS.get(name) and senders and set(senders) <= owns.keys():
+                mean = np.mean([owns[each] for each in senders], axis=0)
+                after = next(iter(told.values()))["after"]
+                np.testing.assert_allclose(after, mean, rtol=1e-4, atol=1e-5, err_msg=f"{name} {number}")
+            taken_part[name, number] = senders
+    return taken_part
+
+
+def job_number(job, rank):
+    return job.events(rank, "attached")[-1]["number"]
+
+
+@pytest.mark.parametrize("victims", [[0], [1, 3]], ids=["the lead", "two at once"])
+def test_survivors_go_on_with_the_mean_of_those_who_are_left(job, victims):
+    left = [rank for rank in range(4) if rank not in victims]
+    with job(4, ALL) as ranks:
+        ranks.start()
+        ranks.wait_for_rounds(range(4), 4)
+        ranks.kill(*victims)
+        ranks.wait_for_rounds(left, 6)
+        ranks.stop()
+        taken_part = check_exchanges(ranks, range(4), ALL)
+        for name in ALL:
+            assert list(range(4)) in [senders for (of, _), senders in taken_part.items() if of == name]
+            last = max(number for (of, number) in taken_part if of == name and taken_part[of, number])
+            before_end = [taken_part[name, number] for number in range(last - 4, last - 2)]
+            assert before_end == [left, left], name
+            for rank in left:
+                (ended,) = ranks.events(rank, "ended", name)
+                assert ended["stats"]["lost"] == victims
+                assert ended["stats"]["restarts"] == 0
+
+
+def test_a_rank_that_was_stopped_is_left_out_and_catches_up(job):
+    times = {"peer_timeout": 2.0, "grace": 1.0}
+    algorithms = {
+        "sparse": SparseLoCo(inner_steps=4, chunk=8, k=2, outer_momentum=0.5, **times),
+        "streamed": SparseLoCo(inner_steps=6, overlap=3, fragments=3, chunk=8, k=2, **times),
+        "dense": DiLoCo(inner_steps=4, overlap=1, **times),
+    }
+    with job(3, algorithms) as ranks:
+        ranks.start()
+        ranks.wait_for_rounds(range(3), 4)
+        ranks.signal(1, signal.SIGSTOP)
+        ranks.wait_for_rounds([0, 2], 8)
+        ranks.signal(1, signal.SIGCONT)
+        ranks.wait_for([1], "returned", names=algorithms)
+        ranks.wait_for_rounds(range(3), 6)
+        ranks.stop()
+        taken_part = check_exchanges(ranks, range(3), algorithms)
+        for name in algorithms:
+            sent = [senders for (of, _), senders in sorted(taken_part.items()) if of == name and senders]
+            assert [0, 2] in sent
+            assert sent[-4] == [0, 1, 2], name
+            for returned in ranks.events(1, "returned", name):
+                assert returned["model_is_theta"]
+                assert returned["residual"] == 0.0
+            (ended,) = ranks.events(1, "ended", name)
+            steps = [each["step"] for rank in range(3) for each in ranks.events(rank, "ended", name)]
+            assert ended["stats"]["restarts"] >= 1
+            assert max(steps) - min(steps) <= 2 * algorithms[name].inner_steps  # in step with the others again
+
+
+def test_a_late_process_takes_the_model_and_an_empty_residual_and_one_that_leaves_is_not_lost(job):
+    with job(2, ALL) as ranks:
+        ranks.start()
+        ranks.wait_for_rounds(range(2), 4)
+        addresses = {name: ranks.events(1, "attached", name)[-1]["address"] for name in ALL}
+        ranks.start([2], join=addresses)
+        ranks.wait_for([2], "attached", names=ALL)
+        ranks.wait_for_rounds(range(3), 5)
+        (ranks.folder / "leave-1").touch()
+        ranks.wait_for([1], "ended", names=ALL)
+        ranks.wait_for_rounds([0, 2], 5)
+        ranks.stop()
+        taken_part = check_exchanges(ranks, range(3), ALL)
+        for name in ALL:
+            (came,) = ranks.events(2, "attached", name)
+            assert came["model_is_theta"]
+            assert came["residual"] == 0.0
+            assert came["number"] == 2
+            assert taken_part[name, came["done"]] == [0, 1]
+            assert taken_part[name, came["done"] + 1] == [0, 1, 2]
+            theta = {each["done"]: each["theta"] for each in ranks.events(0, "exchange", name)}
+            assert came["theta"] == theta[came["done"]]
+            for rank in (0, 2):
+                (ended,) = ranks.events(rank, "ended", name)
+                assert ended["stats"]["lost"] == []
+            assert ranks.events(0, "ended", name)[0]["stats"]["joined"] == [2]
