@@ -517,7 +517,9 @@ class LocalAttachment:
 
     def _become_theta(self, buffers: Tensor | None) -> None:
         for piece in self._pieces:
-            piece.become_(piece.fragment.theta)
+            fragment = piece.fragment
+            fragment.restart_(fragment.theta, fragment.momentum)  # what was sent meanwhile has left a residual again
+            piece.become_(fragment.theta)
         if self._outer.handed_over is not None:
             self._take_over(self._outer.handed_over)
             self._outer.handed_over = None

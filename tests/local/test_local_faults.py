@@ -65,7 +65,9 @@ def job_number(job, rank):
     return job.events(rank, "attached")[-1]["number"]
 
 
-@pytest.mark.parametrize("victims", [[0], [1, 3]], ids=["the lead", "two at once"])
+@pytest.mark.parametrize(
+    "victims", [[0], pytest.param([1, 3], marks=pytest.mark.slow)], ids=["the lead", "two at once"]
+)
 def test_survivors_go_on_with_the_mean_of_those_who_are_left(job, victims):
     left = [rank for rank in range(4) if rank not in victims]
     with job(4, ALL) as ranks:
@@ -86,59 +88,67 @@ def test_survivors_go_on_with_the_mean_of_those_who_are_left(job, victims):
                 assert ended["stats"]["restarts"] == 0
 
 
-def test_a_rank_that_was_stopped_is_left_out_and_catches_up(job):
-    times = {"peer_timeout": 2.0, "grace": 1.0}
-    algorithms = {
-        "sparse": SparseLoCo(inner_steps=4, chunk=8, k=2, outer_momentum=0.5, **times),
-        "streamed": SparseLoCo(inner_steps=6, overlap=3, fragments=3, chunk=8, k=2, **times),
-        "dense": DiLoCo(inner_steps=4, overlap=1, **times),
-    }
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        pytest.param(
+            SparseLoCo(inner_steps=4, chunk=8, k=2, outer_momentum=0.5, peer_timeout=2.0, grace=1.0),
+            marks=pytest.mark.slow,
+        ),
+        SparseLoCo(inner_steps=6, overlap=3, fragments=3, chunk=8, k=2, peer_timeout=2.0, grace=1.0),
+        pytest.param(DiLoCo(inner_steps=4, overlap=1, peer_timeout=2.0, grace=1.0), marks=pytest.mark.slow),
+    ],
+    ids=["sparse", "streamed", "dense"],
+)
+def test_a_rank_that_was_stopped_is_left_out_and_catches_up(job, algorithm):
+    algorithms = {"one": algorithm}
     with job(3, algorithms) as ranks:
         ranks.start()
         ranks.wait_for_rounds(range(3), 4)
         ranks.signal(1, signal.SIGSTOP)
         ranks.wait_for_rounds([0, 2], 8)
         ranks.signal(1, signal.SIGCONT)
-        ranks.wait_for([1], "returned", names=algorithms)
+        ranks.wait_for([1], "returned")
         ranks.wait_for_rounds(range(3), 6)
         ranks.stop()
         taken_part = check_exchanges(ranks, range(3), algorithms)
-        for name in algorithms:
-            sent = [senders for (of, _), senders in sorted(taken_part.items()) if of == name and senders]
-            assert [0, 2] in sent
-            assert sent[-4] == [0, 1, 2], name
-            for returned in ranks.events(1, "returned", name):
-                assert returned["model_is_theta"]
-                assert returned["residual"] == 0.0
-            (ended,) = ranks.events(1, "ended", name)
-            steps = [each["step"] for rank in range(3) for each in ranks.events(rank, "ended", name)]
-            assert ended["stats"]["restarts"] >= 1
-            assert max(steps) - min(steps) <= 2 * algorithms[name].inner_steps  # in step with the others again
+        sent = [senders for _, senders in sorted(taken_part.items()) if senders]
+        assert [0, 2] in sent
+        assert sent[-4] == [0, 1, 2]
+        for returned in ranks.events(1, "returned"):
+            assert returned["model_is_theta"]
+            assert returned["residual"] == 0.0
+        ended = [ranks.events(rank, "ended")[0] for rank in range(3)]
+        assert ended[1]["stats"]["restarts"] == len(ranks.events(1, "returned"))
+        steps = [each["step"] for each in ended]
+        assert max(steps) - min(steps) <= 2 * algorithm.inner_steps  # in step with the others again
 
 
-def test_a_late_process_takes_the_model_and_an_empty_residual_and_one_that_leaves_is_not_lost(job):
-    with job(2, ALL) as ranks:
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("sparse", marks=pytest.mark.slow), "streamed", pytest.param("momentum", marks=pytest.mark.slow)],
+)
+def test_a_late_process_takes_the_model_and_an_empty_residual_and_one_that_leaves_is_not_lost(job, name):
+    algorithms = {name: ALL[name]}
+    with job(2, algorithms) as ranks:
         ranks.start()
         ranks.wait_for_rounds(range(2), 4)
-        addresses = {name: ranks.events(1, "attached", name)[-1]["address"] for name in ALL}
-        ranks.start([2], join=addresses)
-        ranks.wait_for([2], "attached", names=ALL)
+        ranks.start([2], join={name: ranks.events(1, "attached")[-1]["address"]})
+        ranks.wait_for([2], "attached")
         ranks.wait_for_rounds(range(3), 5)
         (ranks.folder / "leave-1").touch()
-        ranks.wait_for([1], "ended", names=ALL)
+        ranks.wait_for([1], "ended")
         ranks.wait_for_rounds([0, 2], 5)
         ranks.stop()
-        taken_part = check_exchanges(ranks, range(3), ALL)
-        for name in ALL:
-            (came,) = ranks.events(2, "attached", name)
-            assert came["model_is_theta"]
-            assert came["residual"] == 0.0
-            assert came["number"] == 2
-            assert taken_part[name, came["done"]] == [0, 1]
-            assert taken_part[name, came["done"] + 1] == [0, 1, 2]
-            theta = {each["done"]: each["theta"] for each in ranks.events(0, "exchange", name)}
-            assert came["theta"] == theta[came["done"]]
-            for rank in (0, 2):
-                (ended,) = ranks.events(rank, "ended", name)
-                assert ended["stats"]["lost"] == []
-            assert ranks.events(0, "ended", name)[0]["stats"]["joined"] == [2]
+        taken_part = check_exchanges(ranks, range(3), algorithms)
+        (came,) = ranks.events(2, "attached")
+        assert came["model_is_theta"]
+        assert came["residual"] == 0.0
+        assert came["number"] == 2
+        assert taken_part[name, came["done"]] == [0, 1]
+        assert taken_part[name, came["done"] + 1] == [0, 1, 2]
+        theta = {each["done"]: each["theta"] for each in ranks.events(0, "exchange")}
+        assert came["theta"] == theta[came["done"]]
+        for rank in (0, 2):
+            assert ranks.events(rank, "ended")[0]["stats"]["lost"] == []
+        assert ranks.events(0, "ended")[0]["stats"]["joined"] == [2]
