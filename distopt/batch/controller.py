@@ -241,6 +241,11 @@ class BatchController:
             "seconds_testing": self._seconds,
         }
 
+    def notes(self) -> dict[str, float]:
+        """What is written beside the numbers of another attachment: `samples`, `batch_size` and `noise_scale`."""
+        found: dict[str, float] = {"samples": self._begun_samples, "batch_size": self.batch_size}
+        return found if self.noise_scale is None else {**found, "noise_scale": self.noise_scale}
+
     def state_dict(self) -> dict[str, Any]:
         """The state, the same on every rank, to be taken between steps. Waits for a test that is under way."""
         self._fetch()

@@ -54,6 +54,7 @@ def describe(path: Path) -> dict[str, Any]:
         "checkpoint": found.get("checkpoint"),
         "newest_checkpoint": None if newest is None else str(newest),
         "log": found.get("log"),
+        "batch": found.get("batch"),
     }
 
 
@@ -83,5 +84,9 @@ def lines(found: dict[str, Any]) -> str:
     else:
         more = [name for name in ("tensorboard", "report") if log[name]]
         said.append(f"Log: every {log['every']} steps to {log['folder']}{''.join(f', {name}' for name in more)}")
-    said.append(f'In the script: with distopt.Job.load("{found["file"]}").attach(model, optimizer) as run: ...')
+    given = ""
+    if found["batch"] is not None:
+        batch, given = found["batch"], ", loader=loader"
+        said.append(f"Batch: grows to {batch['max_batch']} samples at most, by the {batch['test']} test")
+    said.append(f'In the script: with distopt.Job.load("{found["file"]}").attach(model, optimizer{given}) as run: ...')
     return "\n".join(said)

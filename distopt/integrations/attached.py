@@ -100,7 +100,7 @@ def algorithm_of(job: Job, *, host: str, keeps_checkpoints: str) -> DDPAlgorithm
         keeps_checkpoints: How checkpoints are made there; `{0.folder}`, `{0.every}` and `{0.keep}` are the job's.
 
     Raises:
-        CompatibilityError: The algorithm is of another family, or the job has a table `checkpoint`.
+        CompatibilityError: The algorithm is of another family, or the job has a table `checkpoint` or `batch`.
     """
     if not isinstance(job.algorithm, DDPAlgorithm):
         raise CompatibilityError(
@@ -112,7 +112,17 @@ def algorithm_of(job: Job, *, host: str, keeps_checkpoints: str) -> DDPAlgorithm
             f"{host} keeps the checkpoints, with the state of distopt in them, got a table checkpoint in the job; "
             f"leave it out and {keeps_checkpoints.format(job.checkpoint)}"
         )
+    check_no_batch(job, host=host)
     return job.algorithm
+
+
+def check_no_batch(job: Job, *, host: str) -> None:
+    """Raises `CompatibilityError` where the job has a table `batch`: the loop there is the host's."""
+    if job.batch is not None:
+        raise CompatibilityError(
+            f"{host} makes the steps and accumulates by itself, got a table batch in the job; leave it out, or train "
+            "in a loop of your own with distopt.AdaptiveBatch"
+        )
 
 
 def check_no_clipping(

@@ -3,7 +3,7 @@
 `Job.load("distopt.toml").attach(model, optimizer)` does what it says (see `distopt.job.run`).
 
 The same description is written as `distopt.toml` (or JSON), as the block "distopt" of a DeepSpeed config, or as a plain
-mapping: the algorithm's own keys, and beside them the tables `checkpoint` and `log`::
+mapping: the algorithm's own keys, and beside them the tables `checkpoint`, `log` and `batch`::
 
     algorithm = "dgc"
     density = 0.001
@@ -13,6 +13,10 @@ mapping: the algorithm's own keys, and beside them the tables `checkpoint` and `
 
     [log]
     folder = "runs/job/log"
+
+    [batch]
+    test = "norm"
+    eta = 0.2
 """
 
 import json
@@ -27,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distopt.batch import AdaptiveBatch
 from distopt.config import Algorithm, Configurable, check_count, check_switch
 from distopt.errors import ConfigError
 
@@ -87,14 +92,17 @@ class Job:
         algorithm: The configuration to attach.
         checkpoint: Where its state is kept; None where the job does not say.
         log: What is written about the run; None for nothing.
+        batch: How the batch grows; None leaves it to the loader.
     """
 
     algorithm: Algorithm
     checkpoint: CheckpointSettings | None = None
     log: LogSettings | None = None
+    batch: AdaptiveBatch | None = None
 
     def __post_init__(self) -> None:
-        for field, kind in (("algorithm", Algorithm), ("checkpoint", CheckpointSettings), ("log", LogSettings)):
+        kinds: dict[str, type[Configurable]] = {"algorithm": Algorithm, **_TABLES}
+        for field, kind in kinds.items():
             value = getattr(self, field)
             if not isinstance(value, kind) and (value is not None or field == "algorithm"):
                 raise ConfigError(
@@ -128,11 +136,12 @@ class Job:
     @classmethod
     def _from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         rest = dict(mapping)
-        tables = {kind.tag: rest.pop(kind.tag, None) for kind in (CheckpointSettings, LogSettings)}
+        tables = {name: rest.pop(name, None) for name in _TABLES}
         return cls(
             algorithm=Algorithm.from_dict(rest),
             checkpoint=_table(CheckpointSettings, tables["checkpoint"]),
             log=_table(LogSettings, tables["log"]),
+            batch=_table(AdaptiveBatch, tables["batch"]),
         )
 
     def attach(
@@ -144,6 +153,7 @@ class Job:
         scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
         parts: "Mapping[str, Part] | None" = None,
+        loader: Any = None,
         **options: Any,
     ) -> "Run":
         """Attaches the algorithm, goes on from the newest checkpoint and begins the log, as the job says. Collective.
@@ -155,44 +165,61 @@ class Job:
             scaler: The `torch.amp.GradScaler` in use, if any; likewise.
             process_group: The ranks to exchange with; the algorithm's default otherwise.
             parts: What else belongs to the checkpoints, by name: anything with `state_dict` and `load_state_dict`.
+            loader: Whose batch is to grow, for a job with a table `batch`: see `distopt.AdaptiveBatch.attach`. Where it
+                stands in its epoch belongs to the checkpoints then.
             options: What the algorithm's own `attach` takes besides: `batches` of coded training, say.
 
         Raises:
             CompatibilityError: The algorithm is federated, or does not fit the model or optimizer; a part has no state.
             StateMismatchError: The checkpoint is of another model, optimizer or algorithm.
-            ConfigError: A folder cannot be written, a part has a name that is taken, or an option is unknown.
+            ConfigError: A folder cannot be written, a part has a name that is taken, an option is unknown, or of a
+                table `batch` and a loader only one is given.
         """
         from distopt.job.run import Run  # which brings the families, and they need no job
 
         own = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         for name, part in (parts or {}).items():
-            if name in own or name == "distopt":
+            if name in own or name in ("distopt", "batch"):
                 raise ConfigError(
                     f"parts must have names of their own, got {type(part).__name__} as {name!r}; use "
                     "parts={'averaged': averaged_model}"
                 )
+        if (self.batch is None) != (loader is None):
+            found = "a loader and no table batch" if self.batch is None else "a table batch and no loader"
+            raise ConfigError(
+                f"a batch that grows needs a table batch in the job and the loader at attach, got {found}; give both "
+                "or neither"
+            )
         kept = {name: part for name, part in {**own, **(parts or {})}.items() if part is not None}
         given = {"scaler": scaler, "process_group": process_group, **options}
         return Run(
-            self, model, optimizer, parts=kept, options={name: each for name, each in given.items() if each is not None}
+            self,
+            model,
+            optimizer,
+            parts=kept,
+            options={name: each for name, each in given.items() if each is not None},
+            loader=loader,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """This job as plain values that JSON and TOML can hold; `load` makes an equal job of it."""
         plain = self.algorithm.to_dict()
-        for settings in (self.checkpoint, self.log):
+        for settings in (self.checkpoint, self.log, self.batch):
             if settings is not None:
                 table = settings.to_dict()
                 plain[table.pop(settings.tag)] = table
         return plain
 
 
+_TABLES: dict[str, type[Configurable]] = {kind.tag: kind for kind in (CheckpointSettings, LogSettings, AdaptiveBatch)}
+
+
 def from_config(source: JobSource) -> Algorithm:
     """The algorithm that a JSON, TOML or DeepSpeed block describes: `{"algorithm": "dgc", "density": 0.001}`.
 
     Args:
-        source: The block, or the path of a `.toml` or `.json` file with its keys. The tables `checkpoint` and `log` of
-            a whole job may stand beside them and are checked; `Job.load` returns them too.
+        source: The block, or the path of a `.toml` or `.json` file with its keys. The tables `checkpoint`, `log`
+            and `batch` of a whole job may stand beside them and are checked; `Job.load` returns them too.
 
     Raises:
         ConfigError: The algorithm or a key is unknown, or a value breaks its rule.
@@ -204,7 +231,8 @@ def _table(kind: type[_Settings], table: object) -> _Settings | None:
     if table is None:
         return None
     if not isinstance(table, Mapping):
-        raise ConfigError(f'{kind.tag} must be a table, got {table!r}; use {{"folder": "runs/job"}}')
+        remedy = '{"test": "norm"}' if kind is AdaptiveBatch else '{"folder": "runs/job"}'
+        raise ConfigError(f"{kind.tag} must be a table, got {table!r}; use {remedy}")
     return kind.from_dict({kind.tag: kind.name, **table})
 
 

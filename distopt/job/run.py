@@ -8,7 +8,8 @@
             optimizer.step()
             scheduler.step()
 
-Limits: the order of the data and the states of random generators are the loop's own: seed them by step or epoch.
+Limits: but for a loader whose batch grows, the order of the data and the states of random generators are the
+loop's own: seed them by step or epoch.
 """
 
 import inspect
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from distopt import observe
+from distopt.batch import BatchController
 from distopt.config import check_count
 from distopt.errors import CompatibilityError, ConfigError, StateMismatchError
 from distopt.job.checkpoint_folder import CheckpointFolder, Mark, Part
@@ -39,6 +41,7 @@ class Run:
         job: What it does.
         attachment: What the algorithm's `attach` returned.
         recorder: What writes the log; None where the job has no table `log`.
+        batch: What grows the batch, for its `steps` and `backward`; None where the job has no table `batch`.
         resumed: The checkpoint that it goes on from, "step-1200" say; None for none.
     """
 
@@ -50,8 +53,10 @@ class Run:
         *,
         parts: Mapping[str, Part],
         options: Mapping[str, Any],
+        loader: Any = None,
     ) -> None:
         self.job = job
+        self.batch: BatchController | None = None
         attach = getattr(job.algorithm, "attach", None)
         if attach is None:
             raise CompatibilityError(
@@ -72,6 +77,11 @@ class Run:
         self._done: dict[str, int] = {}  # of each unit, rounds of the loop whose body has ended
         self._saved = 0  # optimizer steps at the last checkpoint
         try:
+            if job.batch is not None:
+                self.batch = job.batch.attach(
+                    model, optimizer, loader, beside=self.attachment, scaler=options.get("scaler")
+                )
+                parts = {**parts, "batch": self.batch}
             if job.checkpoint is not None:
                 self._keeper = self._open_checkpoints(parts)
                 self._mark = self._keeper.resume()
@@ -79,8 +89,13 @@ class Run:
                     self._done[self._mark.unit] = self._mark.done
                     _log.info("goes on from %s in %s", self._mark, job.checkpoint.folder)
             self._saved = self.attachment.step
-            self.recorder = None if job.log is None else observe.record(self.attachment, optimizer, job.log)
+            notes = None if self.batch is None else self.batch.notes
+            self.recorder = (
+                None if job.log is None else observe.record(self.attachment, optimizer, job.log, notes=notes)
+            )
         except BaseException as error:
+            if self.batch is not None:
+                self.batch.__exit__(type(error), error, error.__traceback__)
             self.attachment.__exit__(type(error), error, error.__traceback__)
             raise
         self.resumed = None if self._mark is None else str(self._mark)
@@ -135,6 +150,8 @@ class Run:
             if self.recorder is not None:
                 self.recorder.close()
         finally:
+            if self.batch is not None:
+                self.batch.__exit__(kind, error, traceback)
             self.attachment.__exit__(kind, error, traceback)
 
     def _open_checkpoints(self, parts: Mapping[str, Part]) -> Keeper:

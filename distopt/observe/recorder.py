@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -54,8 +54,16 @@ class Recorder:
         rank: Of this process: in the names of its files.
     """
 
-    def __init__(self, attachment: Observed, settings: LogSettings, *, rank: int | None) -> None:
+    def __init__(
+        self,
+        attachment: Observed,
+        settings: LogSettings,
+        *,
+        rank: int | None,
+        notes: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
         self.settings = settings
+        self._notes = notes
         self.rank = attachment.rank if rank is None else rank
         self._attachment = attachment
         self._folder = Path(settings.folder)
@@ -127,6 +135,8 @@ class Recorder:
         self._last, self._last_s = step, now_s
         self._due = (step // self.settings.every + 1) * self.settings.every
         stats = self._attachment.stats()
+        if self._notes is not None:
+            self.note(**self._notes())
         line = {
             "step": step,
             "time": time.time(),
@@ -171,6 +181,7 @@ def record(
     settings: LogSettings | None = None,
     *,
     rank: int | None = None,
+    notes: Callable[[], Mapping[str, float]] | None = None,
 ) -> Recorder:
     """Writes down what an attachment counts, from the next step on. To be called on every rank; not a collective.
 
@@ -185,6 +196,7 @@ def record(
             loop calls `recorder.stepped()` instead.
         settings: Where and how often; None for those of `LogSettings()`.
         rank: In the names of files; None for that of the attachment.
+        notes: Numbers for each line beside those of `Recorder.note`, by name; asked for when a line is written.
 
     Returns:
         The recorder, which need not be kept: it closes itself when Python ends. `close()` returns the report.
@@ -203,7 +215,7 @@ def record(
                 f"record needs the optimizer whose step() the training loop calls, got {type(each).__name__}; pass the "
                 "torch optimizer inside it, or None and call recorder.stepped() after each step"
             )
-    recorder = Recorder(attachment, settings or LogSettings(), rank=rank)
+    recorder = Recorder(attachment, settings or LogSettings(), rank=rank, notes=notes)
     recorder.watch(optimizers)
     return recorder
 

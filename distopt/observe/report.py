@@ -118,6 +118,23 @@ def _local(run: RankRun) -> Iterator[str]:
         yield f"Joined later: {', '.join(map(str, stats['joined']))}"
 
 
+def _batch(run: RankRun) -> Iterator[str]:
+    stats = run.last
+    yield _steps(run, f"adaptive batch, {stats['test']} test, beside {stats['beside'] or 'nothing'}")
+    yield (
+        f"The batch grew {stats['grown']} times, from {stats['start_batch']} to {stats['batch_size']} samples (of at "
+        f"most {stats['max_batch']}): {stats['accumulation']} micro-batches of {stats['micro_batch']} on each rank"
+    )
+    scale = stats["noise_scale"]
+    told = "" if scale is None else f", noise scale {scale:.4g} samples at the end"
+    yield f"{stats['samples']} samples, {stats['tests']} tests{told}"
+    fixed = stats["samples"] / stats["start_batch"]
+    yield f"A batch of {stats['start_batch']} would have taken {fixed:.0f} steps for these samples"
+    yield from _shares(run, ("testing", "seconds_testing"))
+    if stats["dropped"]:
+        yield f"{stats['dropped']} tests were dropped, because a gradient was not finite."
+
+
 def _coding(run: RankRun) -> Iterator[str]:
     stats = run.last
     scheme = "(".join((stats["algorithm"], ", ".join(f"{key}={value}" for key, value in stats["scheme"].items()))) + ")"
@@ -157,7 +174,7 @@ def _other(run: RankRun) -> Iterator[str]:
 
 
 _FAMILIES: dict[str, Callable[[RankRun], Iterator[str]]] = {
-    "ddp": _ddp, "gossip": _gossip, "local": _local, "coding": _coding, "federated": _federated,
+    "ddp": _ddp, "gossip": _gossip, "local": _local, "coding": _coding, "federated": _federated, "batch": _batch,
 }  # fmt: skip
 
 

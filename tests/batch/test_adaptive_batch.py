@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from growing import SAMPLES, Training, gathered
+from growing import SAMPLES, Training, digits, gathered
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import distopt
-from distopt.batch import SquareRoot
+from distopt.batch import GrowingBatchSampler, SquareRoot
 from distopt.batch.estimator import Averages
 from distopt.batch.sums import Sums
-from distopt.errors import CompatibilityError, DesyncError
+from distopt.errors import CompatibilityError, ConfigError, DesyncError
 
 RANKS = 2
 
@@ -237,3 +239,71 @@ def test_steps_that_a_scaler_skips_say_nothing(ranks):
 @pytest.mark.parametrize("what", ["settings", "data", "alone"])
 def test_ranks_that_differ_are_told(ranks, what):
     ranks(RANKS)(on_disagreement, what)
+
+
+def on_job(folder, stop_at):
+    """A job with a table batch: where the loader stands is in its checkpoints, its numbers are in the log."""
+    torch.manual_seed(1)
+    data = digits()
+    model = DistributedDataParallel(nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sampler = GrowingBatchSampler(data, batch_size=4, seed=3)
+    loader = DataLoader(data, batch_sampler=sampler)
+    job = {
+        "algorithm": "dense",
+        "batch": {"eta": 0.4, "every": 2, "ema": 2, "max_batch": 22},
+        "checkpoint": {"folder": f"{folder}/checkpoints", "every": 5},
+        "log": {"folder": f"{folder}/log", "every": 1},
+    }
+    run = distopt.Job.load(job).attach(model, optimizer, loader=loader)
+    steps = run.batch.steps()
+    trace = []
+    for step in run.steps(20):
+        for inputs, targets in next(steps):
+            run.batch.backward(nn.functional.cross_entropy(model(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.append((run.batch.batch_size, run.batch.noise_scale, float(model.module.weight.detach().sum())))
+        if step + 1 == stop_at:
+            run.batch.detach()
+            run.attachment.detach()  # as one that is killed: nothing else is closed
+            return trace
+    run.close()
+    return trace
+
+
+@pytest.mark.job
+def test_a_job_with_a_table_batch_is_resumed_and_written_down(ranks, tmp_path):
+    (whole, _) = ranks(RANKS)(on_job, str(tmp_path / "whole"), None)
+    ranks(RANKS)(on_job, str(tmp_path / "cut"), 12)
+    (rest, _) = ranks(RANKS)(on_job, str(tmp_path / "cut"), None)
+    assert rest == whole[10:]
+    lines = distopt.observe.read_folder(tmp_path / "cut" / "log")[0]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["values"]["batch_size"] for line in lines[10:]] == [size for size, *_ in rest]
+    assert lines[-1]["values"]["samples"] > 160
+    assert lines[-1]["values"]["noise_scale"] == rest[-1][1]
+
+
+def test_a_log_of_its_own_and_a_report(tmp_path):
+    training = Training(None, every=2, ema=1, eta=0.1)
+    settings = distopt.job.LogSettings(folder=str(tmp_path), every=2)
+    with distopt.observe.record(training.batch, training.optimizer, settings):
+        training.run(11)
+    lines = distopt.observe.read_folder(tmp_path)[0]
+    assert [line["family"] for line in lines] == ["batch"] * len(lines)
+    samples = [line["stats"]["samples"] for line in lines]
+    assert samples == sorted(set(samples))
+    text = (tmp_path / "report.txt").read_text()
+    assert f"from 4 to {training.batch.batch_size} samples" in text
+    assert f"{samples[-1]} samples, {lines[-1]['stats']['tests']} tests, noise scale" in text
+
+
+def test_a_table_and_a_loader_belong_together():
+    model = nn.Linear(64, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    job = distopt.Job.load({"algorithm": "dense", "batch": {}})
+    with pytest.raises(ConfigError, match="got a table batch and no loader; give both or neither"):
+        job.attach(model, optimizer)
+    with pytest.raises(ConfigError, match="got a loader and no table batch"):
+        distopt.Job.load({"algorithm": "dense"}).attach(model, optimizer, loader=[])

@@ -20,11 +20,16 @@ keep = 3
 [log]
 folder = "runs/b"
 tensorboard = true
+
+[batch]
+eta = 0.3
+learning_rate = "square-root"
 """
 JOB = Job(
     algorithm=distopt.DGC(density=0.01, warmup=distopt.ddp.PaperWarmup(stage=5)),
     checkpoint=CheckpointSettings(folder="runs/a", keep=3),
     log=LogSettings(folder="runs/b", tensorboard=True),
+    batch=distopt.AdaptiveBatch(eta=0.3, learning_rate=distopt.batch.SquareRoot()),
 )
 
 
@@ -51,7 +56,7 @@ def test_an_algorithm_alone_is_a_job():
 
 @pytest.mark.parametrize("algorithm", sorted(distopt.config.Algorithm._known))
 def test_no_algorithm_has_a_key_that_the_tables_need(algorithm):
-    assert not {"checkpoint", "log"} & set(distopt.config.Algorithm._known[algorithm].__dataclass_fields__)
+    assert not {"checkpoint", "log", "batch"} & set(distopt.config.Algorithm._known[algorithm].__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,8 @@ def test_no_algorithm_has_a_key_that_the_tables_need(algorithm):
         ({"checkpoint": {"folder": "a", "every": 0}}, "every of checkpoint must be an integer of at least 1, got 0"),
         ({"checkpoint": {"folder": "a", "keep": 0}}, "keep of checkpoint must be an integer of at least 1, got 0"),
         ({"checkpoint": {"folder": ""}}, "folder of checkpoint must be the name of a folder, got ''"),
+        ({"batch": 3}, 'batch must be a table, got 3; use {"test": "norm"}'),
+        ({"batch": {"eta": 0}}, "eta must be a positive number, got 0; use 0.1 to 0.5"),
         ({"log": {"folder": 3}}, "folder of log must be the name of a folder, got 3"),
         ({"log": {"folder": "a", "every": -1}}, "every of log must be an integer of at least 1, got -1"),
         ({"log": {"folder": "a", "tensorboard": "no"}}, "tensorboard of log must be True or False, got 'no'"),

@@ -38,6 +38,11 @@ class Block:
                 f"the block {KEY!r} must name an algorithm that replaces DeepSpeed's average (dgc, topk, dense), got "
                 f"{self.job.algorithm.name!r}; attach another family's to the bare model, without DeepSpeed"
             )
+        if self.job.batch is not None:
+            raise ConfigError(
+                f"DeepSpeed accumulates by itself, got a table batch in the block {KEY!r}; leave it out, or train with "
+                "distopt.AdaptiveBatch in a loop of your own"
+            )
 
     @property
     def algorithm(self) -> DDPAlgorithm:
