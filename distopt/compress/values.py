@@ -91,7 +91,7 @@ class Int8(ValueFormat):
             (relative.abs().amax(1).log2() * -_PER_OCTAVE).floor().clamp(0, _ZERO - 1).to(torch.uint8)
         )  # no clipping
         scales = _STEPS.to(values.device)[codes.long()].double().unsqueeze(1)
-        steps = (relative / scales * 127).round().clamp(-127, 127).to(torch.int8)
+        steps = (relative / scales * 127).round().to(torch.int8)
         return torch.cat([_as_bytes(anchor), codes, _as_bytes(steps)])
 
     def decode(self, code: Tensor, runs: Sequence[int], count: int) -> Tensor:
