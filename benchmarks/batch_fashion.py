@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import distopt
-from distopt.batch import AdaScale, GrowingBatchSampler
+from distopt.batch import GrowingBatchSampler
 from distopt.cli import datasets
 from distopt.cli.machine import machine, versions
 from distopt.cli.models import MLP
@@ -42,7 +42,7 @@ from distopt.plotting import COLOURS, load_matplotlib
 
 SMALL, LARGE = 64, 2048  # samples of a step, over all ranks
 LR = {"small": 0.02, "large": 0.2, "norm": 0.05, "augmented": 0.05}
-GROWING = {"max_batch": LARGE, "max_accumulation": 1, "learning_rate": AdaScale(cap=4.0)}  # memory is no limit here
+GROWING = {"max_batch": LARGE, "max_accumulation": 1}  # memory is no limit here
 BATCHES = {
     "small": None,
     "large": None,
@@ -269,8 +269,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="as distopt compare takes it; default: Fashion-MNIST if it is installed")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=float, default=10.0, help="most that a training may take")
-    parser.add_argument("--target", type=float, default=0.86, help="test accuracy to be reached")
+    parser.add_argument("--epochs", type=float, default=8.0, help="most that a training may take")
+    parser.add_argument("--target", type=float, default=0.85, help="test accuracy to be reached")
     parser.add_argument("--batches", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--links", nargs="+", choices=list(LINKS), default=list(LINKS))
     parser.add_argument("--lr", type=float, help="in place of the learning rates that were chosen")

@@ -82,6 +82,19 @@ def batch(step):
         smaller={"run.steps(10_000)": "run.steps(3)"},
     ),
     "docs/links.md": Context(first="import distopt"),
+    "docs/batch.md": Context(
+        first=_MODEL
+        + _ANEW
+        + """
+from torch.utils.data import DataLoader, TensorDataset
+train_set = TensorDataset(images, labels)
+loss_fn = nn.functional.cross_entropy
+
+def refined_of_an_earlier_run():
+    return distopt.batch.RefinedDecay(at=(0.0, 0.5), factors=(1.0, 0.5))
+""",
+        smaller={"range(10)": "range(2)"},
+    ),
     "docs/coding.md": Context(
         first=_MODEL + _ANEW + _SECOND,
         smaller={

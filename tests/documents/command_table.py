@@ -72,6 +72,10 @@ TABLE = {
     r"RANKS=5 launch/mpirun.sh examples/coded_training.py --stragglers dead": By(
         "tests/examples/test_coded_training.py::test_mpirun_starter_with_a_killed_worker"
     ),
+    r"torchrun .* examples/adaptive_batch.py": By("tests/examples/test_adaptive_batch_example.py::test_torchrun"),
+    r"torchrun .* examples/adaptive_batch.py --test augmented --density 0.05": By(
+        "tests/examples/test_adaptive_batch_example.py::test_beside_dgc"
+    ),
     r"torchrun .* examples/gossip_ring.py": By(
         "tests/examples/test_gossip_ring.py::test_torchrun_writes_what_tensorboard_reads"
     ),
