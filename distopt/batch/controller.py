@@ -194,7 +194,7 @@ class BatchController:
 
     @property
     def noise_scale(self) -> float | None:
-        """TrS over |G|^2, in samples, averaged over tests; None before the first, infinite where there is no signal."""
+        """TrS over the squared norm of G, in samples, averaged over tests; None before the first, inf without signal."""
         values = self._averages.values
         return estimator.noise_scale(values["trace"], values["square"]) if values else None
 
@@ -213,7 +213,7 @@ class BatchController:
 
         `batch_size`, `micro_batch` (of a rank) and `accumulation` (micro-batches of a step) as they are now, `samples`
         (of all ranks, handed out), `tests`, `dropped` (that found Inf or NaN), `grown` (how often), `noise_scale`,
-        `trace` and `square` (trS and |G|^2, averages), `needed` (the batch that just passes the test),
+        `trace` and `square` (trS and the squared norm of G, averages), `needed` (the batch that just passes the test),
         `learning_rate_factor` (of the latest step), `bytes_sent` (for tests) and `seconds_testing`.
         """
         values = self._averages.values
