@@ -194,7 +194,7 @@ class BatchController:
 
     @property
     def noise_scale(self) -> float | None:
-        """TrS over the squared norm of G, in samples, averaged over tests; None before the first, inf without signal."""
+        """TrS over the squared norm of G, in samples, averaged over tests; None before the first, inf where G is 0."""
         values = self._averages.values
         return estimator.noise_scale(values["trace"], values["square"]) if values else None
 
