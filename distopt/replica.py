@@ -59,7 +59,7 @@ def check_replica(
     """
     if any(isinstance(each, DistributedDataParallel) for each in model.modules()):
         raise CompatibilityError(
-            f"{family} takes the place of DDP's own averaging, got a DistributedDataParallel model; pass the module "
+            f"the averaging of {family} takes the place of DDP's, got a DistributedDataParallel model; pass the module "
             "that it wraps (model.module), and do not wrap it"
         )
     for name, parameter in parameters.items():

@@ -25,7 +25,7 @@ from distopt.local.buffers import Buffers, as_bytes, from_bytes
 from distopt.local.configuration import LocalSteps
 from distopt.local.fragment import partition
 from distopt.local.listeners import Listeners
-from distopt.local.outer_exchange import Contribution, Outcome, OuterExchange
+from distopt.local.outer_exchange import LETTER_BYTES, Contribution, Outcome, OuterExchange
 from distopt.local.piece import Piece
 from distopt.local.rounds import Sending, round_of, sending, sent_after, taken_after
 from distopt.replica import StillAll, check_replica, replica_facts, trained
@@ -447,10 +447,11 @@ class LocalAttachment:
         counts = self._counts
         counts.seconds_selecting += selecting
         counts.exchanges += 1
-        counts.bytes_sent += payload.nbytes + buffers.nbytes
+        sent_bytes = LETTER_BYTES + payload.nbytes + buffers.nbytes
+        counts.bytes_sent += sent_bytes
         counts.bytes_dense += 4 * piece.numel
         counts.last = {
-            "round": which.round, "fragment": which.fragment, "bytes_sent": payload.nbytes + buffers.nbytes,
+            "round": which.round, "fragment": which.fragment, "bytes_sent": sent_bytes,
             "bytes_dense": 4 * piece.numel, "seconds_selecting": selecting,
         }  # fmt: skip
         self._flights.append(flight)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,14 @@ from torch import Tensor
 from distopt.comm.crew.assembly import Assembly, Crew
 from distopt.comm.crew.exchange import Exchange
 from distopt.comm.crew.interruption import BrokenError
-from distopt.comm.crew.point_to_point import Messages, gather
+from distopt.comm.crew.point_to_point import Gathering, Messages
 from distopt.local.buffers import Buffers, as_bytes, from_bytes
 from distopt.local.fragment import Fragment
 from distopt.spans import span
 
 _TAGS_PER_EXCHANGE = 2
 _HANDED_OVER = 1
+LETTER_BYTES = 8  # before what is sparse, and before buffers: the outer learning rate
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Standing:
 
     @classmethod
     def of(cls, crew: Crew) -> "Standing":
-        """From what the members have said of themselves: see `OuterExchange.state`."""
+        """From what the members have said of themselves."""
         told = {number: crew.states[number] for number in crew.members if number not in crew.new}
         most = max(each["done"] for each in told.values())
         source = min(number for number, each in told.items() if each["done"] == most)
@@ -138,11 +140,13 @@ class OuterExchange:
         self._tried: list[int] | None = None  # the crew in which one was begun
         self._restarted = False
         self._idle: tuple[list[int], int, frozenset[int]] | None = None
-        self.exchange = Exchange(assembly, self._changed, is_new=is_new)
-        self._tell()
+        self.exchange = Exchange(assembly, self._changed, is_new=is_new, state=self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"done": self.done, "line": self._line, "tried": self._tried}
 
     def _tell(self) -> None:
-        self.exchange.state = {"done": self.done, "line": self._line, "tried": self._tried}
+        self.exchange.state = self._state()
 
     @property
     def number(self) -> int:
@@ -195,57 +199,54 @@ class OuterExchange:
         self._tried = crew.identity
         self._tell()
         place = number % len(self._fragments)
-        fragment = self._fragments[place]
+        fragment, sends_buffers = self._fragments[place], place == len(self._fragments) - 1
         idle = self._idle[2] if self._idle is not None and self._idle[:2] == (crew.identity, number) else frozenset()
         senders = [each for each, member in enumerate(crew.members) if member not in idle]
-        sends_buffers = place == len(self._fragments) - 1
-        own: tuple[Tensor, Tensor] | None = None
-        if self.number not in idle:
-            if contribution is not None and contribution.number == number and not self._restarted:
-                own = contribution.payload, contribution.buffers
-            else:  # it has come for an exchange that was not made, and is made again
-                nothing = fragment.contribute_(fragment.theta.clone()).cpu()
-                own = nothing, self._buffers.sent() if sends_buffers else torch.empty(0, dtype=torch.uint8)
-        outer_lr = self.outer_lr if contribution is None or self._restarted else contribution.outer_lr
-        tag = _TAGS_PER_EXCHANGE * number
-        dense = own[0].clone() if own is not None else torch.zeros(fragment.theta.numel())
-        nbytes = self._buffers.nbytes if sends_buffers else 0
-        sent = None if own is None else own[1]
-        wants_mean = contribution is not None and contribution.wants_mean
+        own = None if self.number in idle else self._own(number, contribution, fragment, sends_buffers=sends_buffers)
+        letter = None
+        if own is not None:
+            parts = [own.buffers] if fragment.reduces else [own.payload, own.buffers]
+            letter = torch.cat([as_bytes([torch.tensor([own.outer_lr], dtype=torch.float64)]), *parts])
+        nbytes = LETTER_BYTES + (0 if fragment.reduces else fragment.nbytes)
+        nbytes += self._buffers.nbytes if sends_buffers else 0
+        gathering = Gathering(crew, letter, nbytes, senders, _TAGS_PER_EXCHANGE * number, self._patience_s)
+        total: Tensor | None = None
         if fragment.reduces:
-            self._add_up(crew, dense)
-        else:
-            nbytes += fragment.nbytes
-            sent = None if own is None else torch.cat(own)
-        rows, sent_bytes = gather(crew, sent, nbytes, senders, tag, self._patience_s)
-        self.link_bytes += sent_bytes
+            total = torch.zeros(fragment.theta.numel()) if own is None else own.payload.clone()
+            self._add_up(crew, total)
+        rows = gathering.wait()
+        self.link_bytes += gathering.bytes_sent
         self._line = crew.identity
         self.done = number + 1
         self._tell()
-        return lambda: self._taken(fragment, dense, rows, len(senders), outer_lr, sends_buffers, wants_mean)
+        wants_mean = contribution is not None and contribution.wants_mean
+        return lambda: self._taken(fragment, total, rows, wants_mean=wants_mean)
 
-    def _taken(
-        self,
-        fragment: Fragment,
-        dense: Tensor,
-        rows: Tensor,
-        num_ranks: int,
-        outer_lr: float,
-        has_buffers: bool,
-        wants_mean: bool,
-    ) -> Outcome:
-        outcome = Outcome()
+    def _own(
+        self, number: int, contribution: Contribution | None, fragment: Fragment, *, sends_buffers: bool
+    ) -> Contribution:
+        """What this rank brings; nothing new where it has come for an exchange that was not made, and is made again."""
+        if contribution is not None and contribution.number == number and not self._restarted:
+            return contribution
+        nothing = fragment.contribute_(fragment.theta.clone()).cpu()
+        buffers = self._buffers.sent() if sends_buffers else torch.empty(0, dtype=torch.uint8)
+        return Contribution(number, nothing, buffers, self.outer_lr)
+
+    def _taken(self, fragment: Fragment, total: Tensor | None, rows: Tensor, *, wants_mean: bool) -> Outcome:
+        """All take the outer learning rate of the first: so theta stays the same whatever a rank has set."""
+        outcome, num_ranks = Outcome(), len(rows)
         with span("local", "apply"):
-            if fragment.reduces:
-                gathered = dense.to(fragment.theta.device)
+            (lr,) = from_bytes(rows[0, :LETTER_BYTES], [torch.zeros(1, dtype=torch.float64)])
+            rows = rows[:, LETTER_BYTES:]
+            if total is not None:
+                gathered = total.to(fragment.theta.device)
                 outcome.mean = gathered / num_ranks if wants_mean else None
             else:
                 gathered = rows[:, : fragment.nbytes].to(fragment.theta.device)
                 rows = rows[:, fragment.nbytes :]
-            if num_ranks:
-                fragment.take_(gathered, num_ranks, outer_lr=outer_lr)
-                if has_buffers and self._buffers.nbytes:
-                    outcome.buffers = self._buffers.mean(rows)
+            fragment.take_(gathered, num_ranks, outer_lr=float(lr))
+            if rows.numel():
+                outcome.buffers = self._buffers.mean(rows)
         return outcome
 
     def _add_up(self, crew: Crew, total: Tensor) -> None:
@@ -283,6 +284,8 @@ class OuterExchange:
             for fragment in self._fragments:
                 fragment.restart_(fragment.theta, fragment.momentum)
             self.exchange.round = crew.round
+        else:
+            self.handed_over = None  # what is beside theta stays this rank's own
         self.done = crew.round
         self._line = crew.states[standing.source]["line"]
         self._idle = crew.identity, crew.round, standing.missed

@@ -89,24 +89,34 @@ def counted(described, steps):
 
 
 class Sum:
-    """Adds up the pseudo-gradients of this rank."""
+    """Adds up the pseudo-gradients of this rank, and their means."""
 
     def __init__(self):
-        self.heard = {"begun": 0, "ended": 0, "local": 0.0, "mean": 0.0}
+        self._counts = {"begun": 0, "ended": 0}
+        self._sums = {"local": {}, "mean": {}}
 
     def begin(self):
-        self.heard["begun"] += 1
+        self._counts["begun"] += 1
         return True
 
     def local(self, parameters, gradients):
-        assert [p.shape for p in parameters] == [g.shape for g in gradients]
-        self.heard["local"] = self.heard["local"] + flat(gradients).clone()
+        self._add("local", parameters, gradients)
 
     def mean(self, parameters, gradients):
-        self.heard["mean"] = self.heard["mean"] + flat(gradients).clone()
+        self._add("mean", parameters, gradients)
+
+    def _add(self, what, parameters, gradients):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            assert parameter.shape == gradient.shape
+            self._sums[what][id(parameter)] = self._sums[what].get(id(parameter), 0.0) + gradient.clone()
 
     def end(self):
-        self.heard["ended"] += 1
+        self._counts["ended"] += 1
+
+    @property
+    def heard(self):
+        sums = {what: flat(found.values()) if found else 0.0 for what, found in self._sums.items()}
+        return {**self._counts, **sums}
 
 
 def deltas(described, steps):
@@ -216,3 +226,65 @@ def refused_state(case):
         except StateMismatchError as error:
             return f"StateMismatchError: {error}", torch.equal(before, flat(model.parameters()))
     return "nothing", True
+
+
+def refused(case):
+    """What attach, or the first steps, say on this rank."""
+    from distopt.errors import DistoptError
+    from distopt.local import SparseLoCo
+
+    rank = dist.get_rank()
+    settings = {"inner_steps": 2, "chunk": 16, "k": 4, "fragments": 9 if case == "too many fragments" else 1}
+    settings["k"] -= case == "another configuration on rank 1" and rank == 1
+    settings["inner_steps"] += 8 if case == "too many fragments" else 0
+    model = {
+        "complex": lambda: nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=torch.complex64))]),
+        "lazy": lambda: nn.Sequential(nn.Linear(6, 3), nn.LazyLinear(3)),
+        "another model on rank 1": lambda: nn.Linear(6, 3 + rank),
+    }.get(case, lambda: nn.Linear(6, 3))()
+    if case == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    own = nn.Linear(6, 3) if case == "another optimizer" else model
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    attached = None
+    try:
+        attached = SparseLoCo(**settings).attach(model, optimizer)
+        if case == "outer_lr":
+            attached.outer_lr = 0.0
+        if case == "twice":
+            SparseLoCo(**settings).attach(model, optimizer)
+        if case == "moved":
+            model.double()
+            for _ in range(2):
+                step(model, optimizer, (INPUTS[:4].double(), LABELS[:4]))
+    except DistoptError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if attached is not None:
+            attached._release(farewell=False)
+    return "nothing"
+
+
+def with_own_outer_lr(described, steps):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    given = batches(size)
+    with Algorithm.from_dict(described).attach(model, optimizer) as attached:
+        attached.outer_lr = 0.5 + 0.1 * rank
+        for number in range(steps):
+            step(model, optimizer, given.of(rank, number))
+        return theta_of(attached)
+
+
+def given_back():
+    """Hooks of the optimizer after detach, whether the scaler has its own step, and who took part."""
+    from distopt.local import SparseLoCo
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu")
+    with SparseLoCo(inner_steps=2).attach(model, optimizer, scaler=scaler) as attached:
+        assert "step" in vars(scaler)
+        members = attached.stats()["members"]
+    return len(optimizer._optimizer_step_post_hooks), "step" not in vars(scaler), members

@@ -1,5 +1,7 @@
 """Local steps between real ranks: the laws, and the simulation's results to the bit."""
 
+import re
+
 import local_rank
 import numpy as np
 import pytest
@@ -84,12 +86,56 @@ def test_counted_bytes_are_those_that_are_sent(ranks, name):
     for rank, (stats, passed) in enumerate(ranks(SIZE)(local_rank.counted, algorithm.to_dict(), 8)):
         contributed = passed - (given if rank == 0 else 0)
         if name == "dense":
-            assert stats["bytes_sent"] == stats["bytes_dense"] == 2 * 4 * width
-            assert contributed == 0
+            letters = 2 * 8  # the outer learning rate goes to each of the others, the rest through an all-reduce
+            assert stats["bytes_sent"] - letters == stats["bytes_dense"] == 2 * 4 * width
+            assert contributed == letters * (SIZE - 1)
             assert stats["link_bytes_sent"] - passed == 2 * 2 * (SIZE - 1) * 4 * width // SIZE  # of a ring
         else:
             assert stats["link_bytes_sent"] == passed
             assert 0 < stats["bytes_sent"] * (SIZE - 1) == contributed
+
+
+@pytest.mark.parametrize("name", ["dense", "dense fragments and overlap", "fragments and overlap"])
+def test_observers_hear_each_round_s_pseudo_gradients_and_their_mean_where_there_is_one(ranks, name):
+    algorithm = SETTINGS[name]
+    found = ranks(2)(local_rank.deltas, algorithm.to_dict(), 3 * algorithm.inner_steps)
+    for each in found:
+        assert each["heard"]["begun"] == each["heard"]["ended"] == (2 if algorithm.overlap > 2 else 3)
+    if name == "fragments and overlap":
+        assert found[0]["heard"]["mean"] == 0.0
+    else:
+        mean = (found[0]["heard"]["local"] + found[1]["heard"]["local"]) / 2
+        assert torch.equal(found[0]["heard"]["mean"], found[1]["heard"]["mean"])
+        torch.testing.assert_close(found[0]["heard"]["mean"], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        ("ddp", ["CompatibilityError: the averaging of local steps takes the place of DDP.s.*pass the module"] * 2),
+        ("another optimizer", ["CompatibilityError: the optimizer must hold parameters of the model"] * 2),
+        ("twice", ["CompatibilityError: a model must be attached once"] * 2),
+        ("too many fragments", ["ConfigError: fragments must be at most the number of tensors"] * 2),
+        ("another model on rank 1", ["DesyncError: every rank must attach with the same model"] * 2),
+        ("another configuration on rank 1", ["DesyncError: every rank must attach with the same configuration"] * 2),
+        ("complex", ["CompatibilityError: parameters must be dense and of a floating dtype"] * 2),
+        ("lazy", ["CompatibilityError: parameters must have memory"] * 2),
+        ("outer_lr", ["ConfigError: outer_lr must be a number above 0"] * 2),
+        ("moved", ["CompatibilityError: a model must stay of the dtype.*got 'weight' of torch.float64.*move it"] * 2),
+    ],
+)
+def test_bad_input_is_refused_on_all_ranks(ranks, case, messages):
+    for found, message in zip(ranks(2)(local_rank.refused, case), messages, strict=True):
+        assert re.search(message, found), found
+
+
+def test_ranks_that_set_different_outer_learning_rates_keep_one_theta(ranks):
+    first, second = ranks(2)(local_rank.with_own_outer_lr, SETTINGS["dense"].to_dict(), 8)
+    assert torch.equal(first, second)
+
+
+def test_detach_gives_the_optimizer_and_the_scaler_back(ranks):
+    assert ranks(2)(local_rank.given_back) == [(0, True, [0, 1])] * 2
 
 
 def test_the_mean_moves_and_nothing_is_lost(ranks):

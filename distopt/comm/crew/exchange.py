@@ -51,6 +51,7 @@ class Exchange:
         changed: Called after each meeting but the first of ranks that all have models, with the new crew, before
             anything is exchanged in it; in the thread that exchanges.
         is_new: Whether this rank has no model yet; `changed` gives it one.
+        state: See the attribute.
 
     Attributes:
         round: Number of the next exchange.
@@ -67,13 +68,14 @@ class Exchange:
         changed: Callable[[Crew], None],
         *,
         is_new: bool,
+        state: Any = None,
     ) -> None:
         self._assembly, self._changed, self._is_new = assembly, changed, is_new
         self._turn = threading.RLock()  # of whoever exchanges or meets
         self._closing = threading.Event()
         self.changes = Changes()
-        self.state: Any = None
-        crew = assembly.meet(0, new=is_new)
+        self.state = state
+        crew = assembly.meet(0, new=is_new, state=state)
         self._crew: Crew | None = crew
         self._is_fresh = bool(crew.new)  # whether `changed` is still to be called
         self._members, self.round = crew.members, crew.round

@@ -67,37 +67,44 @@ class Messages:
             raise BrokenError(sorted(self._broken))
 
 
-def gather(
-    crew: Crew, own: Tensor | None, nbytes: int, senders: Collection[int], tag: int, patience_s: float
-) -> tuple[Tensor, int]:
-    """What these members say, on all members. All of them call it.
+class Gathering:
+    """What some members say, on all of them: begins when it is made; then `wait`.
 
     Args:
-        crew: Whose group nobody else uses meanwhile.
+        crew: Of whose group nobody else uses this tag meanwhile.
         own: (nbytes,) uint8 on the CPU, of a sender; None of another member.
         nbytes: That each sender says.
         senders: Their places.
         tag: The same on all members.
         patience_s: For a connected member to say something.
 
-    Returns:
-        (senders, nbytes) uint8, in the order of their places, and how many bytes this rank has sent.
-
-    Raises:
-        BrokenError: A connection is gone.
-        SilentError: A connected member has said nothing in time.
+    Attributes:
+        bytes_sent: By this rank.
     """
-    messages = Messages(crew, tag, patience_s)
-    rows = torch.empty((len(senders), nbytes), dtype=torch.uint8)
-    for row, place in zip(rows, sorted(senders), strict=True):
-        if place != crew.place:
-            messages.receive(place, row)
-        else:
-            assert own is not None
-            row.copy_(own)
-    if crew.place in senders and own is not None:
-        for place in range(len(crew.members)):
+
+    def __init__(
+        self, crew: Crew, own: Tensor | None, nbytes: int, senders: Collection[int], tag: int, patience_s: float
+    ) -> None:
+        self._messages = Messages(crew, tag, patience_s)
+        self._rows = torch.empty((len(senders), nbytes), dtype=torch.uint8)
+        for row, place in zip(self._rows, sorted(senders), strict=True):
             if place != crew.place:
-                messages.send(place, own)
-    messages.wait()
-    return rows, messages.bytes_sent
+                self._messages.receive(place, row)
+            else:
+                assert own is not None
+                row.copy_(own)
+        if own is not None:
+            for place in range(len(crew.members)):
+                if place != crew.place:
+                    self._messages.send(place, own)
+        self.bytes_sent = self._messages.bytes_sent
+
+    def wait(self) -> Tensor:
+        """(senders, nbytes) uint8, in the order of their places.
+
+        Raises:
+            BrokenError: A connection is gone.
+            SilentError: A connected member has said nothing in time.
+        """
+        self._messages.wait()
+        return self._rows
