@@ -2,7 +2,7 @@
 
     sudo python benchmarks/local_link.py --json benchmarks/results/local_link.json
 
-A transformer of 423,000 parameters (examples/internet_training.py) learns to predict the characters of the King James
+A transformer of 420,000 parameters (examples/internet_training.py) learns to predict the characters of the King James
 Bible (Debian's package bible-kjv), in sequences of 64, 8 per rank and step, on 2 and on 4 hosts (network namespaces,
 launch/netns_cluster.sh) with 100 and with 20 Mbit/s each way. Every way gets the same seconds; the learning rate falls
 along a cosine of the time that has passed. AdamW in all but DGC, which has SGD with momentum, as momentum correction

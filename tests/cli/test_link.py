@@ -70,7 +70,8 @@ def test_how_many_local_steps_suit_a_link(tmp_path):
 @pytest.mark.job
 def test_measured_between_two_ranks(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "distopt.cli", "link", "--parameters", "1000000", "--out", str(tmp_path)]
+    command += ["-m", "distopt.cli", "link", "--parameters", "1000000", "--step-seconds", "0.05"]
+    command += ["--out", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Link (measured between 2 ranks)") == 1  # one rank speaks
@@ -78,6 +79,8 @@ def test_measured_between_two_ranks(tmp_path):
     assert found["link"]["latency_s"] > 0
     assert found["link"]["bandwidth"] > 0
     assert found["ranks"] == 2
+    assert [each["name"] for each in found["local"]] == ["dense", "dgc", "diloco", "sparseloco"]
+    assert ran.stdout.count("To train over this link") == 1
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ TABLE = {
         "tests/integrations/deepspeed/test_deepspeed_training.py::test_a_ds_config_of_ours_trains",
     ),
     r"torchrun .* examples/hsdp_dgc.py": By("tests/examples/test_hsdp_example.py::test_two_replicas_of_two_shards"),
+    r"torchrun .* examples/internet_training.py": By(
+        "tests/examples/test_internet_training.py::test_it_learns_the_same_model_on_two_ranks"
+    ),
     # the command line
     r"distopt report runs/job/log": By("tests/observe/test_report.py::test_the_command"),
     r"distopt info": Run(),
@@ -105,7 +108,9 @@ TABLE = {
         SIMULATE + "test_the_default_learns_and_leaves_a_table_a_history_a_plot_and_a_summary"
     ),
     r"distopt plan-code trace.csv": By("tests/cli/test_plan_code.py::test_a_trace_of_a_live_run_with_compute_times"),
-    r"torchrun .* -m distopt.cli link --parameters \d+": By("tests/cli/test_link.py::test_measured_between_two_ranks"),
+    r"torchrun .* -m distopt.cli link --parameters \d+( --step-seconds \S+)?": By(
+        "tests/cli/test_link.py::test_measured_between_two_ranks"
+    ),
     r"\.venv/bin/distopt compare": By(
         "tests/cli/test_compare.py::test_compare_trains_three_ways_and_leaves_table_plot_and_figures"
     ),
