@@ -236,6 +236,31 @@ def test_ranks_of_gossip(tmp_path, ranks):
         assert "7 exchanges; 0 steps passed" in text
 
 
+def of_local_steps(folder):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with distopt.SparseLoCo(inner_steps=3, overlap=1).attach(model, optimizer) as attached:
+        recorder = record(attached, optimizer, LogSettings(folder=folder, every=3))
+        for _ in range(7):
+            model(torch.randn(4, 40)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        attached.flush()
+    return attached.stats(), recorder.close()
+
+
+def test_ranks_of_local_steps(tmp_path, ranks):
+    told = ranks(2)(of_local_steps, str(tmp_path))
+    found = read_folder(tmp_path)
+    for rank, (stats, text) in enumerate(told):
+        assert [line["step"] for line in found[rank]] == [1, 3, 6, 7]
+        assert found[rank][-1]["stats"] == json.loads(json.dumps(stats))
+        assert "sparseloco with 2 ranks, outer_lr 1: 7 steps" in text
+        assert "2 exchanges, 2 rounds complete" in text
+        assert f"Sent {stats['bytes_sent']} bytes, " in text
+
+
 def coded(folder, start):
     torch.manual_seed(0)
     model = nn.Linear(40, 20)
