@@ -470,9 +470,7 @@ class BatchController:
 
     def _ask_probe(self, sums: ProbeSums, samples: float, steps: int) -> Callable[[], tuple[Sums, int]]:
         row, coordinate = sums.row, self.algorithm.test == "coordinate"
-        scalars = torch.stack(
-            [row.new_tensor(self.batch_size), sums.square.float(), row.double().square().sum().float()]
-        )
+        scalars = torch.stack([row.new_tensor(self.batch_size), sums.square.float(), torch.dot(row, row)])
         total = torch.cat([scalars, row, *([row.square()] if coordinate else [])])
         wait = self._add_up(total)
 

@@ -36,6 +36,8 @@ class Probe:
         self.numel = starts[-1]
         self.size = min(size, self.numel)
         self._seed = seed
+        self._stretches = torch.arange(self.size, dtype=torch.float64)
+        self._bounds = torch.tensor(starts)
         self._positions: list[Tensor] = []
         self._places: list[int] = []
 
@@ -47,11 +49,9 @@ class Probe:
             positions = torch.arange(self.numel)
         else:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
-            within = torch.rand(self.size, generator=generator, dtype=torch.float64)
-            stretch = self.numel / self.size
-            positions = (torch.arange(self.size, dtype=torch.float64) + within).mul_(stretch).long()
-            positions.clamp_(max=self.numel - 1)
-        self._places = torch.searchsorted(positions, torch.tensor(self._starts)).tolist()
+            within = torch.rand(self.size, generator=generator)
+            positions = self._stretches.add(within).mul_(self.numel / self.size).long().clamp_(max=self.numel - 1)
+        self._places = torch.searchsorted(positions, self._bounds).tolist()
         self._positions = [
             (positions[first:last] - start).to(device)
             for first, last, start in zip(self._places, self._places[1:], self._starts, strict=False)
