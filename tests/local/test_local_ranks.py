@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from distopt.errors import NonFiniteGradientError
 from distopt.local import DiLoCo, SparseLoCo, simulate
 
 STEPS = 14
@@ -132,6 +133,23 @@ def test_bad_input_is_refused_on_all_ranks(ranks, case, messages):
 def test_ranks_that_set_different_outer_learning_rates_keep_one_theta(ranks):
     first, second = ranks(2)(local_rank.with_own_outer_lr, SETTINGS["dense"].to_dict(), 8)
     assert torch.equal(first, second)
+
+
+def test_a_model_that_is_not_finite_is_not_sent():
+    model = local_rank.make_plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batch = local_rank.INPUTS[:10], local_rank.LABELS[:10]
+    with SparseLoCo(inner_steps=2, **SMALL).attach(model, optimizer) as attached:
+        for _ in range(3):
+            local_rank.step(model, optimizer, batch)
+        before = local_rank.theta_of(attached), local_rank.residual_of(attached)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = torch.nan
+        with pytest.raises(NonFiniteGradientError, match="nothing was sent and no residual was changed"):
+            local_rank.step(model, optimizer, batch)
+        assert torch.equal(before[0], local_rank.theta_of(attached))
+        assert torch.equal(before[1], local_rank.residual_of(attached))
+        assert attached.stats()["exchanges"] == 1
 
 
 def test_detach_gives_the_optimizer_and_the_scaler_back(ranks):
