@@ -261,7 +261,8 @@ def plot(runs: list[dict[str, Any]], target: float, path: Path) -> None:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 1].legend(frameon=False, fontsize="small")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
