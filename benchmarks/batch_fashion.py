@@ -42,7 +42,7 @@ from distopt.plotting import COLOURS, load_matplotlib
 
 SMALL, LARGE = 64, 2048  # samples of a step, over all ranks
 LR = {"small": 0.02, "large": 0.2, "norm": 0.05, "augmented": 0.05}
-GROWING = {"max_batch": LARGE, "max_accumulation": 1}  # memory is no limit here
+GROWING = {"max_batch": LARGE, "max_accumulation": 1, "every": 10}  # memory is no limit here
 BATCHES = {
     "small": None,
     "large": None,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("distopt")
 _FORMAT = 1
 _GRADIENTS_PER_TEST = 10
+_GRADIENTS_PER_PROBE = 20  # which costs about twice as much
 _ROUNDS_PER_PROBE = 4  # a probe may be as large as what a sparse outer step sends
 
 
@@ -100,9 +101,9 @@ class BatchController:
             self._sums = ProbeSums(probe, device=device)
         local_steps = beside is not None and beside.family != "ddp"
         self._averages_locally = local_steps  # then a rank's gradient is the mean over its own samples
-        usual = _GRADIENTS_PER_TEST
+        usual = _GRADIENTS_PER_TEST if isinstance(self._sums, DenseSums) else _GRADIENTS_PER_PROBE
         if local_steps:
-            usual = 1 if self._is_dense else _ROUNDS_PER_PROBE
+            usual = 1 if isinstance(self._sums, DenseSums) else _ROUNDS_PER_PROBE
         self._every = algorithm.every or usual
         if self._num_ranks == 1:
             self._every = max(self._every, 2)  # a test needs two gradients
