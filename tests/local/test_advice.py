@@ -52,6 +52,14 @@ def test_the_share_is_reached_and_nothing_nearer_reaches_it(algorithm, work_seco
                 assert inner_steps / (inner_steps + waited) < share
 
 
+def test_a_share_that_rounding_misses_takes_one_step_more():
+    """343 steps of 0.05 s to 0.35 s of work are 98%, and in floating point a little less."""
+    assert 343 * 0.05 / (343 * 0.05 + 0.35) < 0.98
+    link = Link(latency_s=1e-12, bandwidth=1e18)
+    found = plan(SparseLoCo(), link, num_ranks=2, parameters=1, step_seconds=0.05, share=0.98, work_seconds=0.35)
+    assert (found.inner_steps, found.overlap, found.reaches) == (344, 0, True)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
 def test_a_faster_link_or_a_slower_step_never_asks_for_more(algorithm):
     for found in (
