@@ -78,6 +78,7 @@ def as_file(state):
     return file
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_pseudo_gradients_are_tested_with_all_the_samples_of_their_steps(ranks, algorithm):
     ranks(RANKS)(on_local, algorithm)

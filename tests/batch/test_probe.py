@@ -18,15 +18,15 @@ def test_every_coordinate_is_as_likely_as_any_other():
     gradients = list(flat.split([21, 10, 0, 6]))
     gradients = [g.view(p.shape) for g, p in zip(gradients, parameters, strict=True)]
     counts = torch.zeros(37)
-    for number in range(4000):
+    for number in range(1500):
         probe.draw(number, CPU)
         row = torch.zeros(5)
         probe.gather_(row, parameters, gradients)
         counts[row.long()] += 1
     assert probe.numel == 37
-    assert torch.allclose(counts / 4000, torch.full((37,), 5 / 37), atol=0.03)
+    assert torch.allclose(counts / 1500, torch.full((37,), 5 / 37), atol=0.03)
     again = Probe(parameters, size=5, seed=1)
-    again.draw(3999, CPU)
+    again.draw(1499, CPU)
     other = torch.zeros(5)
     for p, g in zip(reversed(parameters), reversed(gradients), strict=True):  # in parts, in any order
         again.gather_(other, [p], [g])
