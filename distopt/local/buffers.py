@@ -25,15 +25,20 @@ class Buffers:
         return as_bytes(self._tensors)
 
     def mean(self, rows: Tensor) -> Tensor:
-        """The mean of (n, nbytes), as bytes; it does not depend on who computes it."""
+        """The mean of (n, nbytes), as bytes; it does not depend on who computes it.
+
+        Where all agree, it is that to the bit: tables stay as they are, and so does a mask of infinities.
+        """
         columns = [self._split(row) for row in rows]
         means = []
         for place, tensor in enumerate(self._tensors):
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            total = columns[0][place].to(wide)
+            first = columns[0][place]
+            total, agree = first.to(wide), torch.ones_like(first, dtype=torch.bool)
             for column in columns[1:]:
                 total = total + column[place].to(wide)
-            means.append((total / len(columns)).to(tensor.dtype))
+                agree &= column[place] == first
+            means.append(torch.where(agree, first, (total / len(columns)).to(tensor.dtype)))
         return as_bytes(means)
 
     @torch.no_grad()
@@ -49,7 +54,8 @@ class Buffers:
                 tensor.copy_(new)
             else:
                 least, most = torch.minimum(tensor, new), torch.maximum(tensor, new)
-                tensor.add_(new - old).clamp_(least, most)
+                moved = (tensor + (new - old)).clamp(least, most)
+                tensor.copy_(torch.where(new == old, tensor, moved))  # infinities have no difference
 
     def _split(self, content: Tensor) -> list[Tensor]:
         return from_bytes(content, self._tensors)

@@ -60,3 +60,15 @@ def test_buffers_become_the_mean_or_move_by_as_much_and_no_further():
     assert mine.tolist() == [2.0, 0.5, 3.0]
     buffers.become_(mean)
     assert mine.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_what_all_ranks_agree_in_stays_to_the_bit():
+    mask, table = torch.full((3, 3), -torch.inf).triu(1), torch.rand(100, generator=torch.Generator().manual_seed(0))
+    expected = [mask.clone(), table.clone()]
+    buffers = Buffers([mask, table])
+    sent = buffers.sent()
+    mean = buffers.mean(torch.stack([sent] * 7))
+    for meanwhile in (sent, None):
+        buffers.become_(mean, meanwhile)
+        assert torch.equal(mask, expected[0])
+        assert torch.equal(table, expected[1])
