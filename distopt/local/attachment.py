@@ -19,7 +19,7 @@ from distopt.comm import end_quietly, parse_address, raise_together
 from distopt.comm.crew.background import Background, streams_of
 from distopt.comm.crew.introduction import address_here, group_to_begin, introduce
 from distopt.config import check_number
-from distopt.errors import DistoptError, StateMismatchError
+from distopt.errors import DesyncError, DistoptError, StateMismatchError, in_a_line
 from distopt.gradients import GradientObserver
 from distopt.local.buffers import Buffers, as_bytes, from_bytes
 from distopt.local.configuration import LocalSteps
@@ -160,6 +160,7 @@ class LocalAttachment:
             else:
                 self._assembly.close(farewell=False)
             raise
+        self._failure: BaseException | None = None  # of a step, after which this rank takes no part any more
         self._still_all = StillAll(model, optimizer)
         self._clock = StepClock(optimizer, scaler, self._tick)
         self._attached = True
@@ -390,7 +391,8 @@ class LocalAttachment:
         """
         if self._attached:
             try:
-                self.flush()
+                if self._failure is None:
+                    self.flush()
             finally:
                 self._release()  # also where an exchange that was under way has failed
 
@@ -416,6 +418,21 @@ class LocalAttachment:
 
     @torch.no_grad()
     def _tick(self) -> None:
+        """After each step. A rank whose step fails leaves: going on it would be an exchange behind the others."""
+        if self._failure is not None:
+            raise DesyncError(
+                "a rank must make all exchanges, and this one has left the others when a step failed with "
+                f"{in_a_line(self._failure)}; detach, then attach again on all ranks, or here with join= the address "
+                "of a rank that is at work"
+            ) from self._failure
+        try:
+            self._advance()
+        except BaseException as error:
+            self._failure = error
+            self._outer.close(farewell=False)
+            raise
+
+    def _advance(self) -> None:
         self._still_all.check(self._optimizer)
         self._step += 1
         self._counts.steps += 1

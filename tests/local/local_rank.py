@@ -277,6 +277,25 @@ def with_own_outer_lr(described, steps):
         return theta_of(attached)
 
 
+def caught():
+    """Rank 1's model is not finite once, and its loop catches that: what its steps say, and who is left."""
+    from distopt.errors import DistoptError
+    from distopt.local import SparseLoCo
+
+    rank, model, said = dist.get_rank(), make_plain(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with SparseLoCo(inner_steps=2, chunk=16, k=4, overlap=1, fragments=2).attach(model, optimizer) as attached:
+        for number in range(6):
+            if number == 2 and rank == 1:
+                with torch.no_grad():
+                    next(model.parameters())[0, 0] = torch.nan
+            try:
+                step(model, optimizer, batches(2).of(rank, number))
+            except DistoptError as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return said, attached.stats()["members"], attached.stats()["exchanges"]
+
+
 def given_back():
     """Hooks of the optimizer after detach, whether the scaler has its own step, and who took part."""
     from distopt.local import SparseLoCo

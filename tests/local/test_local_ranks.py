@@ -152,6 +152,15 @@ def test_a_model_that_is_not_finite_is_not_sent():
         assert attached.stats()["exchanges"] == 1
 
 
+def test_a_rank_whose_step_has_failed_leaves_and_says_so_in_each_step_after(ranks):
+    (nothing, members, exchanges), (said, _, _) = ranks(2)(local_rank.caught)
+    assert (nothing, members, exchanges) == ([], [0], 6)
+    assert re.match("NonFiniteGradientError: pseudo-gradients must be finite", said[0])
+    assert len(said) == 4
+    for each in said[1:]:
+        assert re.match("DesyncError: a rank must make all exchanges.*failed with NonFinite.*then attach again", each)
+
+
 def test_detach_gives_the_optimizer_and_the_scaler_back(ranks):
     assert ranks(2)(local_rank.given_back) == [(0, True, [0, 1])] * 2
 

@@ -145,9 +145,12 @@ class Exchange:
         """The crew to exchange in, with all done that its changes ask for.
 
         Raises:
-            PeerLostError: The others change faster than they can meet, or those that are left cannot go on.
+            PeerLostError: The others change faster than they can meet, or those that are left cannot go on; or this
+                rank has left.
         """
         while True:
+            if self._closing.is_set():
+                raise PeerLostError("a rank must be attached to exchange, and this one has left; attach it again")
             if self._crew is None or self._assembly.called:
                 self._find_crew()
             crew = self._crew
