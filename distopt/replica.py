@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,9 +86,20 @@ def check_replica(
         )
 
 
-def replica_facts(algorithm: Algorithm, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """What all ranks must agree in, as JSON can hold it."""
+def replica_facts(
+    algorithm: Algorithm,
+    parameters: Mapping[str, nn.Parameter],
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What all ranks must agree in, as JSON can hold it.
+
+    Args:
+        algorithm: The configuration.
+        parameters: That are trained.
+        beside: What else is exchanged, or given to ranks that come.
+    """
     shapes = [(name, tuple(p.shape), str(p.dtype), tuple(p.stride())) for name, p in parameters.items()]
+    shapes += [(name, tuple(each.shape), str(each.dtype), ()) for name, each in beside.items()]
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
     return {
         "distopt version": __version__,

@@ -115,7 +115,7 @@ class LocalAttachment:
             parameters = trained(model, _WHAT)
             check_replica(model, parameters, optimizer, _taken(), _WHAT)
             partition([p.numel() for p in parameters.values()], algorithm.fragments)
-            return replica_facts(algorithm, parameters)
+            return replica_facts(algorithm, parameters, _beside(model))
 
         self._assembly = introduce(
             facts,
@@ -132,10 +132,8 @@ class LocalAttachment:
             named = list(trained(model, _WHAT).items())
             parts = partition([p.numel() for _, p in named], algorithm.fragments)
             self._pieces = [Piece(algorithm, [named[i] for i in part]) for part in parts]
-            own = {id(p) for _, p in named}
-            self._others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
-            floating = [b for b in model.buffers() if b.is_floating_point()]
-            self._buffers = Buffers(floating if algorithm.buffers == "average" else [])
+            self._others = list(_beside(model).values())
+            self._buffers = Buffers(_averaged(model) if algorithm.buffers == "average" else [])
             self._listeners = Listeners([each.parameters for each in self._pieces])
             self._outer = OuterExchange(
                 self._assembly,
@@ -271,9 +269,10 @@ class LocalAttachment:
 
     @torch.no_grad()
     def shared_state_dict(self) -> dict[str, Any]:
-        """The model's `state_dict` with the parameters that all ranks share, to evaluate or to keep.
+        """The model's `state_dict` with the parameters that all ranks share, to evaluate or to keep: copies.
 
-        The model itself stays as it is. Waits for exchanges that are under way; every rank may call it by itself.
+        What is beside them, buffers among it, is as it is on this rank. The model itself stays as it is. Waits for
+        exchanges that are under way; every rank may call it by itself.
         """
         self._await_flights()
         shared = {
@@ -282,6 +281,9 @@ class LocalAttachment:
             for p, view in zip(each.parameters, each.views(each.fragment.theta), strict=True)
         }
         own = self._model.state_dict(keep_vars=True)  # a tied parameter is there under each of its names
+        for value in own.values():
+            if isinstance(value, Tensor) and id(value) not in shared:
+                shared[id(value)] = value.detach().clone()
         return {name: shared.get(id(value), value) for name, value in own.items()}
 
     @torch.no_grad()
@@ -564,6 +566,18 @@ class LocalAttachment:
 def _taken() -> set[int]:
     """The parameters that attachments of this process average, by id."""
     return {id(p) for each in _AT_WORK if each._attached for piece in each._pieces for p in piece.parameters}
+
+
+def _beside(model: nn.Module) -> dict[str, Tensor]:
+    """What is not trained: frozen parameters, and buffers."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {**frozen, **dict(model.named_buffers())}
+
+
+def _averaged(model: nn.Module) -> list[Tensor]:
+    """Floating buffers that a checkpoint of the model has: others are tables, which each rank makes for itself."""
+    saved = {id(each) for each in model.state_dict(keep_vars=True).values()}
+    return [each for each in model.buffers() if each.is_floating_point() and id(each) in saved]
 
 
 def _close_at_exit(attachment: "weakref.ref[LocalAttachment]") -> None:

@@ -241,6 +241,7 @@ def refused(case):
         "complex": lambda: nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=torch.complex64))]),
         "lazy": lambda: nn.Sequential(nn.Linear(6, 3), nn.LazyLinear(3)),
         "another model on rank 1": lambda: nn.Linear(6, 3 + rank),
+        "another buffer on rank 1": lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3 + rank, affine=False)),
     }.get(case, lambda: nn.Linear(6, 3))()
     if case == "ddp":
         model = nn.parallel.DistributedDataParallel(model)

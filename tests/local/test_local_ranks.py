@@ -118,6 +118,7 @@ def test_observers_hear_each_round_s_pseudo_gradients_and_their_mean_where_there
         ("twice", ["CompatibilityError: a model must be attached once"] * 2),
         ("too many fragments", ["ConfigError: fragments must be at most the number of tensors"] * 2),
         ("another model on rank 1", ["DesyncError: every rank must attach with the same model"] * 2),
+        ("another buffer on rank 1", ["DesyncError: every rank must attach with the same model"] * 2),
         ("another configuration on rank 1", ["DesyncError: every rank must attach with the same configuration"] * 2),
         ("complex", ["CompatibilityError: parameters must be dense and of a floating dtype"] * 2),
         ("lazy", ["CompatibilityError: parameters must have memory"] * 2),
@@ -159,6 +160,20 @@ def test_a_rank_whose_step_has_failed_leaves_and_says_so_in_each_step_after(rank
     assert len(said) == 4
     for each in said[1:]:
         assert re.match("DesyncError: a rank must make all exchanges.*failed with NonFinite.*then attach again", each)
+
+
+def test_the_shared_model_is_a_copy_and_only_buffers_that_are_saved_are_averaged():
+    model = local_rank.make_model()
+    model.register_buffer("table", torch.ones(100), persistent=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with SparseLoCo(inner_steps=2, **SMALL).attach(model, optimizer) as attached:
+        shared = attached.shared_state_dict()
+        before = {name: value.clone() for name, value in shared.items()}
+        for _ in range(2):
+            local_rank.step(model, optimizer, (local_rank.INPUTS[:10], local_rank.LABELS[:10]))
+        assert list(shared) == list(model.state_dict())
+        assert all(torch.equal(before[name], value) for name, value in shared.items())
+        assert attached._buffers.nbytes == 2 * 8 * 4  # BatchNorm's means and variances
 
 
 def test_detach_gives_the_optimizer_and_the_scaler_back(ranks):
