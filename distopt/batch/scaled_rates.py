@@ -24,15 +24,15 @@ class ScaledRates:
         self.restore()
         if factor == 1.0:
             return
-        self._before = []
+        self._before = [_value(group["lr"]) for group in self._optimizer.param_groups]
+        tensors = {}
         for group in self._optimizer.param_groups:
-            rate = group["lr"]
-            if isinstance(rate, Tensor):  # a captured graph reads this very tensor
-                self._before.append(rate.clone())
-                rate.mul_(factor)
+            if isinstance(group["lr"], Tensor):  # groups may share one, which is to be multiplied once
+                tensors[id(group["lr"])] = group["lr"]
             else:
-                self._before.append(rate)
-                group["lr"] = rate * factor
+                group["lr"] *= factor
+        for rate in tensors.values():
+            rate.mul_(factor)  # in place: a captured graph reads this very tensor
 
     def restore(self) -> None:
         """Gives the rates back, to the bit."""
@@ -42,3 +42,7 @@ class ScaledRates:
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
+
+
+def _value(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate

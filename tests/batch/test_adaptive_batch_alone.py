@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import distopt
 from distopt.batch import AdaGradNorm, AdaScale, GrowingBatchSampler, Linear, SquareRoot
 from distopt.batch.estimator import Averages
+from distopt.batch.scaled_rates import ScaledRates
 from distopt.batch.sums import Sums
 from distopt.errors import CompatibilityError, ConfigError, StateMismatchError
 
@@ -67,6 +68,19 @@ def test_the_rate_is_changed_for_the_step_alone(make):
     assert seen == pytest.approx([before * min(4.0, size / 4) for size in plans])
     assert plans[-1] > 16
     training.close()
+
+
+def test_a_rate_that_groups_share_is_multiplied_once():
+    """torch gives all groups the same tensor where the rate is one."""
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    groups = [{"params": [parameters[0]]}, {"params": [parameters[1]]}, {"params": [parameters[2]], "lr": 0.5}]
+    optimizer = torch.optim.Adam(groups, lr=torch.tensor(0.25))
+    rates = ScaledRates(optimizer)
+    for _ in range(2):
+        rates.scale(4.0)
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [1.0, 1.0, 2.0]
+        rates.restore()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25, 0.5]
 
 
 def test_a_rule_that_needs_the_noise_gets_it():
