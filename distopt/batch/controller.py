@@ -213,7 +213,7 @@ class BatchController:
         """Numbers of this rank, without a collective; those before a checkpoint included, but for bytes and seconds.
 
         `batch_size`, `micro_batch` (of a rank) and `accumulation` (micro-batches of a step) as they are now, `samples`
-        (of all ranks, handed out), `tests`, `dropped` (that found Inf or NaN), `grown` (how often), `noise_scale`,
+        (of all ranks, handed out), `tests`, `dropped` (that say nothing: Inf, NaN), `grown` (how often), `noise_scale`,
         `trace` and `square` (trS and the squared norm of G, averages), `needed` (the batch that just passes the test),
         `learning_rate_factor` (of the latest step), `bytes_sent` (for tests) and `seconds_testing`.
         """

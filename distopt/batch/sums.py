@@ -198,7 +198,8 @@ def from_probe(
         projections: The sum of squared inner products of the probes with their mean.
         coordinate_squares: The sum of their squares on each coordinate, where the test asks for it.
     """
-    scale = squares / probe_squares if probe_squares > 0.0 else 0.0
+    # A probe that has missed all of a gradient says nothing: NaN, and the test does not count.
+    scale = squares / probe_squares if probe_squares > 0.0 else (math.nan if squares else 0.0)
     ratio = 0.0
     if coordinate_squares is not None:
         ratio = estimator.coordinate_ratio(mean, coordinate_squares, num_gradients=num_gradients, samples=samples)
@@ -219,5 +220,8 @@ def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def is_finite(quantities: Mapping[str, float]) -> bool:
-    """Whether a test counts: a step with Inf, which a GradScaler skips, says nothing of noise."""
-    return all(math.isfinite(value) for name, value in quantities.items() if name != "coordinate_ratio")
+    """Whether a test counts: a step with Inf, which a GradScaler skips, says nothing of noise.
+
+    Nor does one in which all gradients agree on every coordinate: an infinite ratio has no average.
+    """
+    return all(math.isfinite(value) for value in quantities.values())

@@ -132,7 +132,7 @@ def _batch(run: RankRun) -> Iterator[str]:
     yield f"A batch of {stats['start_batch']} would have taken {fixed:.0f} steps for these samples"
     yield from _shares(run, ("testing", "seconds_testing"))
     if stats["dropped"]:
-        yield f"{stats['dropped']} tests were dropped, because a gradient was not finite."
+        yield f"{stats['dropped']} tests were dropped: a gradient was not finite, or no noise was to be seen."
 
 
 def _coding(run: RankRun) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_a_rule_that_needs_the_noise_gets_it():
     var, sqr = stats["trace"] / 4, max(0.0, stats["square"])
     size = training.batch._plan.batch_size
     assert stats["learning_rate_factor"] == pytest.approx((var + sqr) / (var / (size / 4) + sqr))
+
+
+def test_gradients_that_are_zero_or_agree_do_not_spoil_the_averages():
+    training = Training(None, test="coordinate", every=2, ema=1, max_batch=4)
+    training.run(2, each=lambda: [p.grad.zero_() for p in training.module.parameters()])
+    training.run(5)
+    stats = training.batch.stats()
+    assert (stats["dropped"], stats["tests"]) == (1, 2)
+    assert math.isfinite(training.batch._averages.values["coordinate_ratio"])
 
 
 def test_raw_grows_by_no_more_than_a_test_can_say():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distopt.batch.probe import Probe
-from distopt.batch.sums import ProbeSums, Sums, from_probe
+from distopt.batch.sums import ProbeSums, Sums, from_probe, is_finite
 
 CPU = torch.device("cpu")
 
@@ -90,6 +90,14 @@ def test_a_probe_errs_about_as_little_as_is_said():
     assert error["square"][0] < error["square"][1] < 0.5
     for name in error:
         assert np.mean([each[name] for each in ours]) == pytest.approx(exact[name], rel=0.1)
+
+
+def test_a_probe_that_misses_the_whole_gradient_does_not_count():
+    """As of a large embedding of which few rows have taken part: it must not pass for noise alone."""
+    missed = from_probe(torch.zeros(4), num_gradients=2, samples=8, squares=3.0, probe_squares=0.0)
+    assert not is_finite(missed.quantities("norm"))
+    nothing = from_probe(torch.zeros(4), num_gradients=2, samples=8, squares=0.0, probe_squares=0.0)
+    assert set(nothing.quantities("norm").values()) == {0.0}
 
 
 def sums_of(rows, *, squares, scale):
