@@ -248,7 +248,10 @@ class BatchController:
         return found if self.noise_scale is None else {**found, "noise_scale": self.noise_scale}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, the same on every rank, to be taken between steps. Waits for a test that is under way."""
+        """The state, the same on every rank, to be taken between steps. Waits for a test that is under way.
+
+        Not a collective: one rank alone may take and keep it, but beside local steps, where each has its own.
+        """
         self._fetch()
         return {
             "format": _FORMAT,
@@ -474,24 +477,27 @@ class BatchController:
         scalars = torch.stack([row.new_tensor(self.batch_size), sums.square.float(), torch.dot(row, row)])
         total = torch.cat([scalars, row, *([row.square()] if coordinate else [])])
         wait = self._add_up(total)
+        projection: Tensor | None = None
+        if self.algorithm.test == "augmented":
+            # Waited for here, as its second sum needs the first one. Both are asked for at the optimizer's step, where
+            # all ranks are: one alone may take a state_dict, which then must not be a collective.
+            num_gradients = wait()
+            self._check_batch(float(total[0]), num_gradients)
+            mean = total[3 : 3 + row.numel()].double() / num_gradients
+            projection = torch.dot(row.double(), mean).square().view(1)
+            wait = self._add_up(projection)
 
         def arrive() -> tuple[Sums, int]:
             num_ranks = wait()
             batch, squares, probe_squares = total[:3].tolist()
             self._check_batch(batch, num_ranks)
-            mean = total[3 : 3 + row.numel()] / num_ranks
-            projections = 0.0
-            if self.algorithm.test == "augmented":
-                projection = torch.dot(row.double(), mean.double()).square().view(1)
-                self._add_up(projection)()
-                projections = float(projection)
             found = from_probe(
-                mean,
+                total[3 : 3 + row.numel()] / num_ranks,
                 num_gradients=num_ranks,
                 samples=samples,
                 squares=squares,
                 probe_squares=probe_squares,
-                projections=projections,
+                projections=0.0 if projection is None else float(projection),
                 coordinate_squares=total[3 + row.numel() :] if coordinate else None,
             )
             return found, steps

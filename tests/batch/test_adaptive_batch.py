@@ -184,6 +184,22 @@ def on_skipped_steps():
     training.close()
 
 
+def on_state_of_one_rank():
+    """One rank alone takes its state, as who saves a checkpoint does, with a test under way or not."""
+    traces = []
+    for saves in (False, True):
+        training = Training(distopt.TopK(density=0.05), test="augmented", eta=0.3, every=1, probe=500)
+        for _ in range(4):
+            training.run(1)
+            if saves and dist.get_rank() == 0:
+                training.batch.state_dict()
+        training.batch.detach()
+        traces.append(training.trace)
+        training.close()
+    assert traces[0] == traces[1]
+    assert traces[0][-1][2] is not None
+
+
 def on_disagreement(what):
     rank = dist.get_rank()
     options = {"settings": {"eta": 0.2 + 0.1 * rank}, "data": {"size": 4 + rank}, "alone": {}}[what]
@@ -234,6 +250,10 @@ def test_resumed_to_the_same_bits(ranks, algorithm, ahead, scaled):
 
 def test_steps_that_a_scaler_skips_say_nothing(ranks):
     ranks(RANKS)(on_skipped_steps)
+
+
+def test_a_state_can_be_taken_by_one_rank_alone(ranks):
+    ranks(RANKS)(on_state_of_one_rank)
 
 
 @pytest.mark.parametrize("what", ["settings", "data", "alone"])
