@@ -126,6 +126,7 @@ class BatchController:
         self._needed: float | None = None
         self._factor = 1.0
         self._weight = 1.0
+        self._weighs = True  # whether the step's losses have been weighted
         self._plan: StepPlan | None = None
         self._rates = ScaledRates(optimizer)
         self._handles: list[Any] = [
@@ -149,7 +150,8 @@ class BatchController:
             batches: What yields the loader's batches in its place: the loader wrapped by a progress bar, say.
 
         Raises:
-            CompatibilityError: A step's micro-batches were not all used, or the batches are not those of the loader.
+            CompatibilityError: A step's micro-batches were not all used, or the batches are not those of the loader; in
+                the optimizer's step: the losses were not weighted, see `backward`.
         """
         source = iter(self._loader if batches is None else batches)
         nothing = object()
@@ -163,6 +165,7 @@ class BatchController:
             self._begun_steps += 1
             self._begun_samples += plan.samples
             self._recent.append(plan.samples)
+            self._weighs = False
             micro_batches = self._micro_batches(plan, first, source)
             yield micro_batches
             if not self._sampler.is_between_steps:
@@ -181,11 +184,12 @@ class BatchController:
             loss: The mean over the samples of a micro-batch, scaled by a GradScaler where there is one.
             options: Of `Tensor.backward`.
         """
-        (loss * self._weight).backward(**options)
+        (loss * self.weight).backward(**options)
 
     @property
     def weight(self) -> float:
         """What `backward` multiplies the micro-batch's loss by, for a loop that calls another backward."""
+        self._weighs = True
         return self._weight
 
     @property
@@ -403,6 +407,11 @@ class BatchController:
         return context
 
     def _before_step(self, *_: Any) -> None:
+        if not self._weighs:  # with one micro-batch all would be well, until the batch grows
+            raise CompatibilityError(
+                "a step's gradient must be the mean over all of its samples, got one whose losses were not weighted; "
+                "use batch.backward(loss) in place of loss.backward(), or multiply the loss by batch.weight"
+            )
         if self._beside is None and self.begin():
             found = [(p, p.grad) for p in self._parameters if p.grad is not None]
             self.local([p for p, _ in found], [g for _, g in found if g is not None])
@@ -655,6 +664,11 @@ def _sampler_of(loader: Any) -> GrowingBatchSampler:
     """
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, GrowingBatchSampler):
+        if not getattr(loader, "in_order", True):
+            raise CompatibilityError(
+                "the batches must come in the sampler's order, which says how many samples a step has, got a loader "
+                "with in_order=False; leave that out"
+            )
         return sampler
     remedy = (
         "use DataLoader(dataset, batch_sampler=distopt.batch.GrowingBatchSampler(dataset, batch_size=32)), without "

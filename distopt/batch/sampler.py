@@ -66,7 +66,8 @@ class GrowingBatchSampler(Sampler[list[int]]):
         drop_last: Leaves the last step of an epoch out where fewer samples are left than it needs.
 
     Raises:
-        ConfigError: A value breaks its rule; the data set has no length, or not a sample for each rank.
+        ConfigError: A value breaks its rule; the data set has no length, not a sample for each rank, or with
+            `drop_last` not those of one step.
     """
 
     def __init__(
@@ -99,6 +100,12 @@ class GrowingBatchSampler(Sampler[list[int]]):
                 f"the data set must have a sample for each rank, got {self.length} for {self.num_replicas} ranks; use "
                 "fewer ranks"
             )
+        if drop_last and self.length < self.num_replicas * batch_size:
+            raise ConfigError(
+                f"with drop_last the data set must have the samples of a step, got {self.length} for "
+                f"{self.num_replicas} ranks of {batch_size}: no step would be left; use drop_last=False, or a smaller "
+                "batch_size"
+            )
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.batch_size = self.num_replicas * batch_size  # of a step, over all ranks
         self.micro_batch = batch_size  # of one rank, at most
@@ -121,7 +128,10 @@ class GrowingBatchSampler(Sampler[list[int]]):
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order. Not needed: epochs follow each other. The epoch under way goes on where it is."""
+        """Chooses the order. Needed without a controller only, whose epochs follow each other by themselves.
+
+        The epoch under way goes on where it is.
+        """
         check_count("epoch", epoch, low=0, remedy="count epochs from 0")
         if epoch != self.epoch or self._over:
             self._begin(epoch)

@@ -161,6 +161,10 @@ def test_what_cannot_grow_is_refused_at_attach():
         attach(DataLoader(digits(), batch_size=4))
     with pytest.raises(CompatibilityError, match=r"able to change, got list; use DataLoader"):
         attach([1, 2])
+    unordered = growing_loader()
+    unordered.in_order = False
+    with pytest.raises(CompatibilityError, match=r"got a loader with in_order=False; leave that out"):
+        attach(unordered)
     with pytest.raises(ConfigError, match=r"max_batch must be at least the batch at the start, got 7 and 8 \(1 ranks"):
         attach(growing_loader(8), max_batch=7)
     normalised = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10))
@@ -187,6 +191,11 @@ def test_a_loop_that_leaves_micro_batches_is_told():
         next(steps)
     with pytest.raises(CompatibilityError, match="needs the batches of the loader that attach was given"):
         next(training.batch.steps([1, 2, 3]))
+    training = Training(None)
+    for inputs, targets in next(training.batch.steps()):
+        nn.functional.cross_entropy(training.model(inputs), targets).backward()
+    with pytest.raises(CompatibilityError, match=r"not weighted; use batch.backward\(loss\) in place of"):
+        training.optimizer.step()
     training = Training(None)
     training.sampler.resize(12, 4)
     short = next(training.batch.steps(itertools.islice(training.loader, 2)))

@@ -45,8 +45,8 @@ def steps_of(sampler, loader=None):
 )
 @hypothesis.settings(max_examples=60)
 def test_an_epoch_has_every_sample_once_whatever_the_sizes(ranks, data, size, at_least, drop_last):
-    length = data.draw(st.integers(ranks * at_least, 200))
     size = max(size, at_least)
+    length = data.draw(st.integers(ranks * (size if drop_last else at_least), 200))
     samplers = [make(length, rank, ranks, size, drop_last=drop_last) for rank in range(ranks)]
     for sampler in samplers:
         sampler.at_least = at_least
@@ -73,7 +73,7 @@ def test_an_epoch_has_every_sample_once_whatever_the_sizes(ranks, data, size, at
                 sampler.resize(sampler.batch_size + ranks * more, micro)
     assert len(set(seen)) == len(seen)
     if drop_last:
-        assert len(seen) <= length
+        assert length - len(seen) < samplers[0].batch_size
     else:
         assert sorted(seen) == list(range(length))
     if not growths:
@@ -169,5 +169,7 @@ def test_bad_input():
         make(10, 2, 2)
     with pytest.raises(ConfigError, match=r"a sample for each rank, got 3 for 4 ranks"):
         make(3, 0, 4)
+    with pytest.raises(ConfigError, match=r"samples of a step, got 10 for 2 ranks of 6: no step would be left"):
+        make(10, 0, 2, size=6, drop_last=True)
     with pytest.raises(StateMismatchError, match=r"agree in length, got 20 then and 30 now"):
         make(30).load_state_dict(make(20).state_dict())
