@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from distopt.cli import link as links
 from distopt.cli.app import app
+from distopt.errors import ConfigError
 
 PLAIN = {"COLUMNS": "200", "TERM": "dumb", "RANK": None, "WORLD_SIZE": None}
 
@@ -37,6 +38,8 @@ def test_a_link_that_is_given(tmp_path):
     assert found["dense"]["seconds"] > 100 * found["fastest"]["seconds"]
     assert found["dense"]["link_bytes"] == 4 * 25_557_032 + 12
     assert found["link"]["measured_between"] is None
+    assert found["local"] == []
+    assert "To train over this link" not in said
     assert (tmp_path / "link.png").stat().st_size > 10_000
     found["fastest"] = found["dense"]
     found["break_even_density"]["allgather"] = None
@@ -47,8 +50,6 @@ def test_a_link_that_is_given(tmp_path):
 
 def test_how_many_local_steps_suit_a_link(tmp_path):
     slow = ("--latency", 0.02, "--bandwidth", 2.5e6, "--ranks", 4, "--parameters", 400_000, "--out", tmp_path)
-    assert "To train over this link" not in given(*slow)
-    assert json.loads((tmp_path / "link.json").read_text())["local"] == []
     said = given(*slow, "--step-seconds", 0.5, "--share", 0.9)
     found = json.loads((tmp_path / "link.json").read_text())
     dense, dgc, diloco, sparse = found["local"]
@@ -86,15 +87,21 @@ def test_measured_between_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "measures between the ranks of a job, got one process; start it as the job is started"),
         (["--latency", "0.001"], "--latency and --bandwidth must be given together"),
         (["--latency", "0", "--bandwidth", "1e8"], "latency_s must be positive seconds, got 0"),
         (["--latency", "1", "--bandwidth", "1e8", "--density", "2"], "density must be a number in (0, 1], got 2"),
         (["--latency", "1", "--bandwidth", "1e8", "--step-seconds", "1", "--share", "1"], "share must be a number in"),
     ],
 )
-def test_a_bad_question_is_one_line(warm_python, arguments, message):
-    ran = warm_python.run("from distopt.cli import main; main()", "link", *arguments)
+def test_a_bad_question_is_refused(arguments, message):
+    ran = CliRunner(env=PLAIN).invoke(app, ["link", *arguments])
+    assert ran.exit_code != 0
+    assert isinstance(ran.exception, ConfigError)
+    assert message in str(ran.exception)
+
+
+def test_a_refusal_is_one_line(warm_python):
+    ran = warm_python.run("from distopt.cli import main; main()", "link")
     assert ran.returncode == 1
-    assert message in ran.stderr
+    assert "measures between the ranks of a job, got one process; start it as the job is started" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -37,7 +37,12 @@ def simulated(algorithm, size, make=local_rank.make_model, steps=STEPS, momentum
     )
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONGER = ("fragments", "overlap", "dense")  # others of the settings have what they have
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONGER else ()) for name in SETTINGS]
+)
 def test_real_ranks_do_what_the_simulation_does(ranks, name):
     algorithm = SETTINGS[name]
     found = ranks(SIZE)(local_rank.trained, algorithm.to_dict(), STEPS)

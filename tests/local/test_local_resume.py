@@ -20,13 +20,11 @@ SETTINGS = {  # all are saved after 7 of 15 steps
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("nothing under way", "float32"),
-        ("under way", "float32"),
-        ("fragments under way", "float32"),
         ("a warm-up", "float32"),
         ("under way", "scaler"),
         ("fragments under way", "bfloat16"),
         ("nothing under way", "float64"),
+        *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in SETTINGS if name != "a warm-up"),
     ],
 )
 def test_it_goes_on_to_the_bit(ranks, tmp_path, name, kind):
