@@ -1,12 +1,13 @@
 """Local steps at work on one model: what `attach` returns, and what `detach` undoes."""
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -19,7 +20,7 @@ from distopt.comm import end_quietly, parse_address, raise_together
 from distopt.comm.crew.background import Background, streams_of
 from distopt.comm.crew.introduction import address_here, group_to_begin, introduce
 from distopt.config import check_number
-from distopt.errors import DesyncError, DistoptError, StateMismatchError, in_a_line
+from distopt.errors import CompatibilityError, DesyncError, DistoptError, StateMismatchError, in_a_line
 from distopt.gradients import GradientObserver
 from distopt.local.buffers import Buffers, as_bytes, from_bytes
 from distopt.local.configuration import LocalSteps
@@ -160,6 +161,8 @@ class LocalAttachment:
             raise
         self._failure: BaseException | None = None  # of a step, after which this rank takes no part any more
         self._still_all = StillAll(model, optimizer)
+        self._is_first = True
+        self._before_step = optimizer.register_step_pre_hook(self._before_the_first)
         self._clock = StepClock(optimizer, scaler, self._tick)
         self._attached = True
         _AT_WORK.add(self)
@@ -360,6 +363,7 @@ class LocalAttachment:
         for piece, saved in zip(self._pieces, state["pieces"], strict=True):
             piece.check(saved)
         self._await_flights()
+        self._is_first = False  # the model may be in the middle of a round
         for piece, saved in zip(self._pieces, state["pieces"], strict=True):
             piece.load_state_dict(saved)
         self._take_over(state["others"])
@@ -427,14 +431,35 @@ class LocalAttachment:
                 f"{in_a_line(self._failure)}; detach, then attach again on all ranks, or here with join= the address "
                 "of a rank that is at work"
             ) from self._failure
-        try:
+        with self._leaving_if_it_fails():
             self._advance()
+
+    @contextlib.contextmanager
+    def _leaving_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             self._failure = error
             self._outer.close(farewell=False)
             raise
 
+    @torch.no_grad()
+    def _before_the_first(self, *_: Any) -> None:
+        """What is loaded after attach would count as learned, and most of it would not arrive in theta."""
+        if not self._is_first or self._failure is not None:
+            return
+        self._is_first = False
+        with self._leaving_if_it_fails():
+            for each in self._pieces:
+                if not torch.allclose(each.local(), each.fragment.theta, rtol=0, atol=0, equal_nan=True):
+                    raise CompatibilityError(
+                        "a model must go into its first step as it was attached, got other values: weights that are "
+                        "loaded afterwards would count as learned, and only the largest changes are sent; load them "
+                        "first, then attach"
+                    )
+
     def _advance(self) -> None:
+        self._is_first = False
         self._still_all.check(self._optimizer)
         self._step += 1
         self._counts.steps += 1
@@ -559,6 +584,7 @@ class LocalAttachment:
 
     def _release(self, *, farewell: bool = True) -> None:
         self._attached = False
+        self._before_step.remove()
         self._clock.stop()
         self._outer.close(farewell=farewell)
 

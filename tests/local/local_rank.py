@@ -254,6 +254,9 @@ def refused(case):
             attached.outer_lr = 0.0
         if case == "twice":
             SparseLoCo(**settings).attach(model, optimizer)
+        if case == "loaded afterwards" and rank == 1:
+            model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+            step(model, optimizer, (INPUTS[:4], LABELS[:4]))
         if case == "moved":
             model.double()
             for _ in range(2):

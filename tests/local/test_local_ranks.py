@@ -128,6 +128,10 @@ def test_observers_hear_each_round_s_pseudo_gradients_and_their_mean_where_there
         ("complex", ["CompatibilityError: parameters must be dense and of a floating dtype"] * 2),
         ("lazy", ["CompatibilityError: parameters must have memory"] * 2),
         ("outer_lr", ["ConfigError: outer_lr must be a number above 0"] * 2),
+        (
+            "loaded afterwards",
+            ["nothing", "CompatibilityError: a model must go into its first step as it was attached"],
+        ),
         ("moved", ["CompatibilityError: a model must stay of the dtype.*got 'weight' of torch.float64.*move it"] * 2),
     ],
 )
