@@ -113,6 +113,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self._position = 0  # of the first step that has not been handed out
         self._over = False
+        self._steered = False  # a controller says how far the epoch is; a loader that fetches ahead does not know
         self._planned: collections.deque[StepPlan] = collections.deque()  # begun, in order
         self._current: StepPlan | None = None
         self._again: collections.deque[StepPlan] = collections.deque()  # of a checkpoint: begun then
@@ -128,10 +129,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order. Needed without a controller only, whose epochs follow each other by themselves.
-
-        The epoch under way goes on where it is.
-        """
+        """Chooses the order. Not needed: epochs follow each other. The epoch under way goes on where it is."""
         check_count("epoch", epoch, low=0, remedy="count epochs from 0")
         if epoch != self.epoch or self._over:
             self._begin(epoch)
@@ -146,6 +144,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
         while True:
             plan = again.popleft() if again else self._plan(start)
             if plan is None:
+                self._over = self._over or not self._steered
                 return
             self._planned.append(plan)
             start = plan.start + plan.samples
@@ -175,6 +174,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
     def take(self) -> StepPlan:
         """The plan of the step whose first micro-batch a loader has handed out just now."""
         self._current = self._planned.popleft()
+        self._steered, self._over = True, False
         return self._current
 
     def handed_out(self) -> None:
@@ -192,7 +192,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
 
     def end_epoch(self) -> None:
         """All of the epoch has been handed out."""
-        self._over = True
+        self._steered, self._over = False, True
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, the same on every rank: the steps handed out, and the sizes of those begun."""

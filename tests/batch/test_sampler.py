@@ -136,6 +136,26 @@ def test_epochs_follow_each_other_in_orders_of_their_own():
     assert next(steps_of(make(30, size=4, shuffle=False)))[1] == [[0, 1, 2, 3]]
 
 
+def test_epochs_follow_each_other_without_a_controller_too():
+    plain, steered = make(30, size=4), make(30, size=4)
+    for _ in range(3):
+        parts = [part for _, step in steps_of(steered) for part in step]
+        assert list(plain) == parts
+    plain.set_epoch(1)
+    next(iter(plain))  # which is left
+    assert list(plain) == plain_epoch(1)
+    ahead = make(30, size=4)
+    batches = list(ahead)  # a loader has fetched the whole epoch before its first step
+    ahead.take(), ahead.handed_out()
+    assert (ahead.state_dict()["over"], ahead.state_dict()["position"]) == (False, len(batches[0]))
+
+
+def plain_epoch(epoch):
+    sampler = make(30, size=4)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
 def test_another_number_of_ranks_goes_on_behind_the_same_sample():
     walk = steps_of(sampler := make(50, ranks=2, size=3))
     next(walk), next(walk)
