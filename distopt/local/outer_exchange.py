@@ -11,6 +11,7 @@ the same crew as the lowest of these. It gives its theta and outer momentum to t
   exchange after that, which it waits for: from then on it is in step with the rest.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from distopt.local.buffers import Buffers, as_bytes, from_bytes
 from distopt.local.fragment import Fragment
 from distopt.spans import span
 
+_log = logging.getLogger("distopt")
 _TAGS_PER_EXCHANGE = 2
 _HANDED_OVER = 1
 LETTER_BYTES = 8  # before what is sparse, and before buffers: the outer learning rate
@@ -139,6 +141,7 @@ class OuterExchange:
         self._line: list[int] | None = None  # the crew in which the last exchange was made
         self._tried: list[int] | None = None  # the crew in which one was begun
         self._restarted = False
+        self._has_told = False  # that ranks train on the same data
         self._idle: tuple[list[int], int, frozenset[int]] | None = None
         self.exchange = Exchange(assembly, self._changed, is_new=is_new, state=self._state())
 
@@ -220,7 +223,8 @@ class OuterExchange:
         self.done = number + 1
         self._tell()
         wants_mean = contribution is not None and contribution.wants_mean
-        return lambda: self._taken(fragment, total, rows, wants_mean=wants_mean)
+        payload = None if own is None else own.payload
+        return lambda: self._taken(fragment, total, rows, payload, wants_mean=wants_mean)
 
     def _own(
         self, number: int, contribution: Contribution | None, fragment: Fragment, *, sends_buffers: bool
@@ -232,7 +236,9 @@ class OuterExchange:
         buffers = self._buffers.sent() if sends_buffers else torch.empty(0, dtype=torch.uint8)
         return Contribution(number, nothing, buffers, self.outer_lr)
 
-    def _taken(self, fragment: Fragment, total: Tensor | None, rows: Tensor, *, wants_mean: bool) -> Outcome:
+    def _taken(
+        self, fragment: Fragment, total: Tensor | None, rows: Tensor, own: Tensor | None, *, wants_mean: bool
+    ) -> Outcome:
         """All take the outer learning rate of the first: so theta stays the same whatever a rank has set."""
         outcome, num_ranks = Outcome(), len(rows)
         with span("local", "apply"):
@@ -244,10 +250,26 @@ class OuterExchange:
             else:
                 gathered = rows[:, : fragment.nbytes].to(fragment.theta.device)
                 rows = rows[:, fragment.nbytes :]
+            before = fragment.theta.clone() if self._are_the_same(gathered, own, num_ranks) else None
             fragment.take_(gathered, num_ranks, outer_lr=float(lr))
+            if before is not None and not torch.equal(before, fragment.theta):
+                self._has_told = True
+                _log.warning(
+                    "ranks must train on data of their own, got %d that have learned the same; give each its own part, "
+                    "as torch.utils.data.DistributedSampler(..., num_replicas=%d, rank=...) does",
+                    num_ranks, num_ranks,
+                )  # fmt: skip
             if rows.numel():
                 outcome.buffers = self._buffers.mean(rows)
         return outcome
+
+    def _are_the_same(self, gathered: Tensor, own: Tensor | None, num_ranks: int) -> bool:
+        """Whether all ranks have learned the same, which nobody has been told yet."""
+        if self._has_told or own is None or num_ranks < 2:
+            return False
+        if gathered.dim() > 1:
+            return bool((gathered == gathered[0]).all())
+        return torch.allclose(gathered, own.to(gathered.device) * num_ranks, rtol=1e-5, atol=0.0)
 
     def _add_up(self, crew: Crew, total: Tensor) -> None:
         options = dist.AllreduceOptions()

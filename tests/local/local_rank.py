@@ -300,6 +300,20 @@ def caught():
         return said, attached.stats()["members"], attached.stats()["exchanges"]
 
 
+def warned(described, *, same):
+    """The warnings of a training on this rank's data, or on the same on all ranks."""
+    from listening import heard
+
+    torch.manual_seed(0)
+    model = make_plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with heard() as log, Algorithm.from_dict(described).attach(model, optimizer):
+        for number in range(12):
+            step(model, optimizer, batches(2).of(0 if same else dist.get_rank(), number))
+            optimizer.param_groups[0]["lr"] = 0.05 * (number > 3)  # that nobody learns is no sign of it
+    return [message for level, message in log if level == "WARNING"]
+
+
 def given_back():
     """Hooks of the optimizer after detach, whether the scaler has its own step, and who took part."""
     from distopt.local import SparseLoCo

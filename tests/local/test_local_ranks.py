@@ -185,6 +185,15 @@ def test_the_shared_model_is_a_copy_and_only_buffers_that_are_saved_are_averaged
         assert attached._buffers.nbytes == 2 * 8 * 4  # BatchNorm's means and variances
 
 
+@pytest.mark.parametrize("name", ["sparse", "dense"])
+def test_ranks_that_train_on_the_same_data_are_told_once(ranks, name):
+    for told in ranks(2)(local_rank.warned, SETTINGS[name].to_dict(), same=True):
+        assert [re.match("ranks must train on data of their own, got 2 that", each) is not None for each in told] == [
+            True
+        ]
+    assert ranks(2)(local_rank.warned, SETTINGS[name].to_dict(), same=False) == [[], []]
+
+
 def test_detach_gives_the_optimizer_and_the_scaler_back(ranks):
     assert ranks(2)(local_rank.given_back) == [(0, True, [0, 1])] * 2
 
