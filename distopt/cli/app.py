@@ -232,7 +232,12 @@ def measure_link(
             show_default=False,
         ),
     ] = None,
-    share: Annotated[float, Option(help="Part of the time that ranks shall compute, with --step-seconds.")] = 0.95,
+    share: Annotated[
+        float | None,
+        Option(
+            help="Part of the time that ranks shall compute, with --step-seconds. Default: 0.95.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None, Option(help="Folder for the figures (JSON) and the plot (PNG).", show_default=False)
     ] = None,
@@ -243,10 +248,12 @@ def measure_link(
     """
     if (latency is None) != (bandwidth is None):
         raise ConfigError("--latency and --bandwidth must be given together, got one of them; give both or none")
+    if share is not None and step_seconds is None:
+        raise ConfigError(f"--share needs the length of a step, got {share} alone; give --step-seconds too")
     given = None if latency is None or bandwidth is None else Link(latency_s=latency, bandwidth=bandwidth)
     question = links.Question(
         parameters=parameters, density=density, ranks=ranks, link=given, values=values, indices=indices,
-        step_seconds=step_seconds, share=share,
+        step_seconds=step_seconds, share=0.95 if share is None else share,
     )  # fmt: skip
     if out is not None:
         plotting.load_matplotlib()

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from distopt.cli.ranks import started
 from distopt.comm import Link, gather_json, least_seconds, measure_link
+from distopt.config import check_density
 from distopt.ddp.forecast import Forecaster
 from distopt.ddp.prediction import Predictor, measure_speed
 from distopt.errors import ConfigError
 from distopt.local import DiLoCo, Fragment, LocalSteps, Plan, SparseLoCo, choose, every_step, plan
+from distopt.local.advice import check_goal
 from distopt.plotting import COLOURS, load_matplotlib
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -36,6 +38,9 @@ class Question:
         indices: On the wire.
         step_seconds: Of a step without any exchange; None not to advise on local steps.
         share: Of the time, that ranks shall compute.
+
+    Raises:
+        ConfigError: A value breaks its rule.
     """
 
     parameters: int
@@ -46,6 +51,11 @@ class Question:
     indices: str
     step_seconds: float | None = None
     share: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_density("density", self.density)
+        if self.step_seconds is not None:
+            check_goal(self.step_seconds, self.share)
 
 
 def answer(question: Question) -> dict[str, Any] | None:

@@ -228,6 +228,11 @@ class _Round:
 def _check(num_ranks: int, parameters: int, step_seconds: float, share: float) -> None:
     check_count("num_ranks", num_ranks, low=2, remedy="use the number of hosts that take part")
     check_count("parameters", parameters, low=1, remedy="use the number of parameters of the model")
+    check_goal(step_seconds, share)
+
+
+def check_goal(step_seconds: float, share: float) -> None:
+    """Raises `ConfigError` unless a step takes some time, of which ranks can compute for this share."""
     remedy = "use what a step takes without any exchange"
     check_number("step_seconds", step_seconds, rule="positive seconds", remedy=remedy, low=0.0, high=math.inf)
     if not (isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < 1):

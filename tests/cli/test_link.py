@@ -89,8 +89,10 @@ def test_measured_between_two_ranks(tmp_path):
     [
         (["--latency", "0.001"], "--latency and --bandwidth must be given together"),
         (["--latency", "0", "--bandwidth", "1e8"], "latency_s must be positive seconds, got 0"),
-        (["--latency", "1", "--bandwidth", "1e8", "--density", "2"], "density must be a number in (0, 1], got 2"),
-        (["--latency", "1", "--bandwidth", "1e8", "--step-seconds", "1", "--share", "1"], "share must be a number in"),
+        (["--density", "2"], "density must be a number in (0, 1], got 2"),
+        (["--step-seconds", "1", "--share", "1"], "share must be a number in"),  # before anything is measured
+        (["--step-seconds", "0"], "step_seconds must be positive seconds, got 0"),
+        (["--share", "0.9"], "--share needs the length of a step, got 0.9 alone"),
     ],
 )
 def test_a_bad_question_is_refused(arguments, message):
