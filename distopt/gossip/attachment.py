@@ -22,7 +22,7 @@ from distopt.comm.crew.introduction import address_here, group_to_begin, introdu
 from distopt.errors import ConfigError, DistoptError, PeerLostError, StateMismatchError
 from distopt.gossip.configuration import Gossip
 from distopt.gossip.flat import group
-from distopt.gossip.introduction import changes_gradients, facts
+from distopt.gossip.introduction import averaged_buffers, changes_gradients, facts
 from distopt.gossip.mixing.rule import Surroundings
 from distopt.gossip.participant import AtOnce, Participant
 from distopt.gossip.ranks.rank_exchange import RankExchange
@@ -59,7 +59,7 @@ class GossipAttachment:
         self.algorithm = algorithm
         self.process_group = None if join is not None else group_to_begin(process_group)
         self._optimizer = optimizer
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()] if algorithm.buffers == "average" else []
+        self._buffers = list(averaged_buffers(algorithm, model).values())
         towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
         if join is not None:
             towards = parse_address(join).host

@@ -39,7 +39,14 @@ def facts(
     _check_optimizer(algorithm, optimizer, has_scaler=has_scaler)
     if num_ranks is not None:
         algorithm.surroundings(num_ranks)
-    return replica_facts(algorithm, parameters)
+    return replica_facts(algorithm, parameters, averaged_buffers(algorithm, model))
+
+
+def averaged_buffers(algorithm: Gossip, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is averaged beside the parameters, by name."""
+    if algorithm.buffers != "average":
+        return {}
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
 def _check_optimizer(algorithm: Gossip, optimizer: torch.optim.Optimizer, *, has_scaler: bool) -> None:
