@@ -36,7 +36,7 @@ class AdaptiveBatch(Configurable, tag="batch", name="batch"):
     theta: float = 0.2  # likewise of the inner product test
     nu: float = 1.0  # likewise of the orthogonality test
     max_batch: int = 8192  # samples of a step over all ranks, at most; larger makes fewer rounds
-    every: int | None = None  # gradients from one test to the next; None: 10, with a probe 20; of rounds 1 or 4
+    every: int | None = None  # gradients from one test to the next; None: 20; of rounds 1, with a probe 4
     ema: int = 10  # tests to average over, and to wait for before the first decision; fewer decide sooner, by luck
     growth: float = 2.0  # the most that one test multiplies the batch by
     max_accumulation: int = 8  # micro-batches of a step before they grow themselves; more need no more memory

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("distopt")
 _FORMAT = 1
-_GRADIENTS_PER_TEST = 10
-_GRADIENTS_PER_PROBE = 20  # which costs about twice as much
+_GRADIENTS_PER_TEST = 20  # a test costs up to a tenth of a short step
 _ROUNDS_PER_PROBE = 4  # a probe may be as large as what a sparse outer step sends
 
 
@@ -101,7 +100,7 @@ class BatchController:
             self._sums = ProbeSums(probe, device=device)
         local_steps = beside is not None and beside.family != "ddp"
         self._averages_locally = local_steps  # then a rank's gradient is the mean over its own samples
-        usual = _GRADIENTS_PER_TEST if isinstance(self._sums, DenseSums) else _GRADIENTS_PER_PROBE
+        usual = _GRADIENTS_PER_TEST
         if local_steps:
             usual = 1 if isinstance(self._sums, DenseSums) else _ROUNDS_PER_PROBE
         self._every = algorithm.every or usual
