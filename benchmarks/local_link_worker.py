@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt.comm import measure_link
 from distopt.config import Algorithm
-from distopt.local import LocalSteps
+from distopt.local import LocalAttachment, LocalSteps
 from distopt.local.rounds import first_step_of, round_of
 
 WARMUP_STEPS, LOWEST_LR = 40, 0.1
@@ -131,14 +131,16 @@ class Training:
         return ends - self.steps_done
 
     def settle(self) -> None:
-        if self._way is not None and self._way.is_local:
-            self.attached.flush()  # type: ignore[union-attr]
+        if isinstance(self.attached, LocalAttachment):
+            self.attached.flush()
 
     def exchanging_s(self) -> float | None:
-        """Seconds that this rank has spent in exchanges so far, where it can tell."""
-        if self._way is None or not self._way.is_local:
+        """Seconds that this rank has waited and worked for exchanges so far, where it can tell."""
+        if not isinstance(self.attached, LocalAttachment):
             return None
-        return self.attached.stats()["seconds_exchanging"]  # type: ignore[union-attr]
+        stats = self.attached.stats()
+        seconds: float = stats["seconds_exchanging"] + stats["seconds_selecting"]
+        return seconds
 
     def close(self) -> None:
         if self.attached is not None:
