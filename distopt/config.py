@@ -161,6 +161,12 @@ def check_count(field: str, value: object, *, low: int, remedy: str) -> None:
         raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}; {remedy}")
 
 
+def check_seconds(field: str, value: object) -> None:
+    """Raises `ConfigError` unless value is a positive number of seconds, of at most 1e6."""
+    rule, remedy = "a positive number of seconds", "leave it out for the default"
+    check_number(field, value, rule=rule, remedy=remedy, low=0.0, high=1e6)
+
+
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises `ConfigError` unless value is one of the choices."""
     if value not in choices:

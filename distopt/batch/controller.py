@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distopt.batch import estimator
+from distopt.batch.fitness import check_beside, check_sampler, largest_batch, sampler_of
 from distopt.batch.probe import Probe
-from distopt.batch.sampler import GrowingBatchSampler, StepPlan
+from distopt.batch.sampler import StepPlan
 from distopt.batch.scaled_rates import ScaledRates
 from distopt.batch.sums import DenseSums, ProbeSums, Sums, from_probe, is_finite
 from distopt.comm import agree
-from distopt.errors import CompatibilityError, ConfigError, DesyncError, DistoptError, StateMismatchError
+from distopt.errors import CompatibilityError, DesyncError, DistoptError, StateMismatchError
 from distopt.gradients import Observable
 from distopt.spans import span
 from distopt.step_clock import Scaler, StepClock
@@ -75,12 +75,12 @@ class BatchController:
         problem: DistoptError | None = None
         own: dict[str, Any] = {}
         try:
-            self._check_beside(beside, group)
-            self._sampler = _sampler_of(loader)
+            check_beside(beside, group)
+            self._sampler = sampler_of(loader)
             self._num_ranks = 1 if group is None else group.size()
-            self._check_sampler(0 if group is None else group.rank())
+            check_sampler(self._sampler, self._model, 0 if group is None else group.rank(), self._num_ranks)
             self.start_batch = self._sampler.batch_size
-            self.max_batch = self._largest()
+            self.max_batch = largest_batch(algorithm.max_batch, self._sampler, self._num_ranks)
             own = self._facts()
         except DistoptError as error:
             problem = error
@@ -100,9 +100,8 @@ class BatchController:
             self._sums = ProbeSums(probe, device=device)
         local_steps = beside is not None and beside.family != "ddp"
         self._averages_locally = local_steps  # then a rank's gradient is the mean over its own samples
-        usual = _GRADIENTS_PER_TEST
-        if local_steps:
-            usual = 1 if isinstance(self._sums, DenseSums) else _ROUNDS_PER_PROBE
+        per_round = 1 if isinstance(self._sums, DenseSums) else _ROUNDS_PER_PROBE
+        usual = per_round if local_steps else _GRADIENTS_PER_TEST
         self._every = algorithm.every or usual
         if self._num_ranks == 1:
             self._every = max(self._every, 2)  # a test needs two gradients
@@ -581,67 +580,6 @@ class BatchController:
                 " load the same checkpoint on every rank"
             )
 
-    # -- checks at attach --------------------------------------------------------------------------------------------
-
-    def _check_beside(self, beside: Observable | None, group: dist.ProcessGroup | None) -> None:
-        if beside is None:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                raise CompatibilityError(
-                    f"a test of {dist.get_world_size()} ranks needs the mean of their gradients, got beside=None; use "
-                    "beside=distopt.Dense().attach(model, optimizer), which averages as DDP does"
-                )
-            return
-        if not hasattr(beside, "observe_gradients"):
-            family = getattr(beside, "family", type(beside).__name__)
-            raise CompatibilityError(
-                f"a test needs the mean of all ranks' gradients, got an attachment of {family!r}, which makes none; "
-                "use beside= an attachment of Dense, TopK, DGC, DiLoCo or SparseLoCo, or leave AdaptiveBatch out"
-            )
-        if group is None:
-            raise CompatibilityError(
-                "the ranks of an adaptive batch begin together, got an attachment that has joined later; start all "
-                "ranks anew, or leave AdaptiveBatch out"
-            )
-        if shard := getattr(beside, "shard", ""):
-            raise CompatibilityError(
-                f"a test needs whole gradients, got shard {shard} of them; leave AdaptiveBatch out where the model is "
-                "sharded"
-            )
-
-    def _check_sampler(self, rank: int) -> None:
-        sampler = self._sampler
-        if (sampler.rank, sampler.num_replicas) != (rank, self._num_ranks):
-            raise CompatibilityError(
-                f"the sampler must be of rank {rank} of {self._num_ranks}, got {sampler.rank} of "
-                f"{sampler.num_replicas}; leave num_replicas and rank out, or give those of the process group"
-            )
-        normalised = [
-            name
-            for name, module in self._model.named_modules()
-            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-        ]
-        if normalised:
-            sampler.at_least = 2
-            fewest = min(sampler.micro_batch, sampler.length // self._num_ranks)
-            if fewest < 2:
-                raise CompatibilityError(
-                    f"batch normalisation ({normalised[0]!r}) needs micro-batches of at least 2 samples, got {fewest}; "
-                    "use batch_size=2 or more, torch.nn.SyncBatchNorm, or another normalisation"
-                )
-
-    def _largest(self) -> int:
-        """The largest batch there can be: a multiple of the ranks, and no more than the data."""
-        start, largest = self._sampler.batch_size, self.algorithm.max_batch
-        if largest < start:
-            raise ConfigError(
-                f"max_batch must be at least the batch at the start, got {largest} and {start} ({self._num_ranks} "
-                f"ranks with {self._sampler.micro_batch} each); use a larger max_batch, or a smaller batch_size of the "
-                "sampler"
-            )
-        if largest > self._sampler.length:
-            _log.info("the batch grows to no more than the data set, %d samples", self._sampler.length)
-        return max(start, min(largest, self._sampler.length) // self._num_ranks * self._num_ranks)
-
     def _facts(self) -> dict[str, Any]:
         sampler = self._sampler
         return {
@@ -653,34 +591,3 @@ class BatchController:
             },
             "loader": {name: getattr(self._loader, name, None) for name in ("num_workers", "prefetch_factor")},
         }
-
-
-def _sampler_of(loader: Any) -> GrowingBatchSampler:
-    """The sampler of a loader whose batch can change.
-
-    Raises:
-        CompatibilityError: It cannot.
-    """
-    sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(sampler, GrowingBatchSampler):
-        if not getattr(loader, "in_order", True):
-            raise CompatibilityError(
-                "the batches must come in the sampler's order, which says how many samples a step has, got a loader "
-                "with in_order=False; leave that out"
-            )
-        return sampler
-    remedy = (
-        "use DataLoader(dataset, batch_sampler=distopt.batch.GrowingBatchSampler(dataset, batch_size=32)), without "
-        "batch_size, shuffle and sampler of its own"
-    )
-    if isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
-        raise CompatibilityError(
-            "the batch can grow only where samples are chosen by number, got a loader of an iterable data set "
-            f"({type(loader.dataset).__name__}), whose size cannot change; give the data set __getitem__ and __len__, "
-            f"then {remedy}"
-        )
-    size = getattr(loader, "batch_size", None)
-    raise CompatibilityError(
-        f"the loader's batch size must be able to change, got {type(loader).__name__}"
-        f"{'' if size is None else f' with batch_size={size}'}; {remedy}"
-    )

@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.comm import end_quietly, parse_address, raise_together
+from distopt.comm import end_quietly, raise_together
 from distopt.comm.crew.assembly import Crew
 from distopt.comm.crew.background import Background, streams_of
 from distopt.comm.crew.exchange import Exchange
@@ -60,16 +59,13 @@ class GossipAttachment:
         self.process_group = None if join is not None else group_to_begin(process_group)
         self._optimizer = optimizer
         self._buffers = list(averaged_buffers(algorithm, model).values())
-        towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
-        if join is not None:
-            towards = parse_address(join).host
         num_ranks = None if join is not None else 1 if self.process_group is None else self.process_group.size()
         self._assembly = introduce(
             lambda: facts(
                 algorithm, model, optimizer, has_scaler=scaler is not None, taken=_taken(), num_ranks=num_ranks
             ),
             self.process_group,
-            interface or address_here(towards),
+            interface or address_here(self.process_group, join),
             join,
             patience_s=algorithm.peer_timeout,
             grace_s=algorithm.grace,

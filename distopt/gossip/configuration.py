@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distopt.config import Algorithm, check_choice, check_count, check_number
+from distopt.config import Algorithm, check_choice, check_count, check_seconds
 from distopt.errors import ConfigError
 from distopt.gossip.correction import CORRECTIONS
 from distopt.gossip.description import check_connected
@@ -60,8 +60,7 @@ class Gossip(Algorithm, name="gossip"):
         check_count("every", self.every, low=1, remedy="use 1 to exchange after every step")
         check_choice("exchange", self.exchange, EXCHANGES)
         for name in ("peer_timeout", "grace"):
-            rule, remedy = "a positive number of seconds", "leave it out for the default"
-            check_number(name, getattr(self, name), rule=rule, remedy=remedy, low=0.0, high=1e6)
+            check_seconds(name, getattr(self, name))
         check_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         check_choice("buffers", self.buffers, BUFFERS)
         if self.correction == "on" and not self.mixing.can_correct:

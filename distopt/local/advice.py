@@ -70,7 +70,7 @@ def every_step(name: str, *, exchange_s: float, link_bytes: float, step_seconds:
     Raises:
         ConfigError: A value breaks its rule.
     """
-    _check(2, 1, step_seconds, share)
+    check_goal(step_seconds, share)
     found = step_seconds / (step_seconds + exchange_s)
     return Plan(
         name=name,

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import logging
-import os
 import sys
 import time
 import weakref
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.comm import end_quietly, parse_address, raise_together
+from distopt.comm import end_quietly, raise_together
 from distopt.comm.crew.background import Background, streams_of
 from distopt.comm.crew.introduction import address_here, group_to_begin, introduce
 from distopt.config import check_number
@@ -108,9 +107,6 @@ class LocalAttachment:
         self.algorithm = algorithm
         self.process_group = None if join is not None else group_to_begin(process_group)
         self._model, self._optimizer = model, optimizer
-        towards = os.environ.get("MASTER_ADDR") if self.process_group is not None else None
-        if join is not None:
-            towards = parse_address(join).host
 
         def facts() -> dict[str, Any]:
             parameters = trained(model, _WHAT)
@@ -121,7 +117,7 @@ class LocalAttachment:
         self._assembly = introduce(
             facts,
             self.process_group,
-            interface or address_here(towards),
+            interface or address_here(self.process_group, join),
             join,
             patience_s=algorithm.peer_timeout,
             grace_s=algorithm.grace,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distopt.compress import INDEX_FORMATS, VALUE_FORMATS
-from distopt.config import Algorithm, check_choice, check_count, check_number, check_switch
+from distopt.config import Algorithm, check_choice, check_count, check_number, check_seconds, check_switch
 from distopt.errors import ConfigError
 from distopt.local.rounds import inner_steps_of
 
@@ -51,8 +51,7 @@ class LocalSteps(Algorithm):
         check_count("overlap", self.overlap, low=0, remedy="use 0 to wait for each exchange")
         check_choice("buffers", self.buffers, BUFFERS)
         for name in ("peer_timeout", "grace"):
-            rule, remedy = "a positive number of seconds", "leave it out for the default"
-            check_number(name, getattr(self, name), rule=rule, remedy=remedy, low=0.0, high=1e6)
+            check_seconds(name, getattr(self, name))
         if self.nesterov and self.outer_momentum == 0:
             raise ConfigError(
                 "nesterov=True needs an outer momentum to look ahead with, got outer_momentum=0; use "

@@ -1,5 +1,6 @@
 """Who begins with whom: each rank says what it brings, all find out whether they fit together, and meet."""
 
+import os
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distopt.comm.address import own_address
+from distopt.comm.address import own_address, parse_address
 from distopt.comm.agreement import agree, gather_json, raise_together
 from distopt.comm.crew.assembly import Assembly
 from distopt.errors import CompatibilityError, DistoptError, PeerLostError
@@ -78,8 +79,19 @@ def introduce(
     return assembly
 
 
-def address_here(towards: str | None) -> str:
-    """Where the others find this rank's board; where that cannot be told, `greet` finds out whether they do."""
+def address_here(process_group: dist.ProcessGroup | None, join: str | None) -> str:
+    """Where the others find this rank's board; where that cannot be told, `greet` finds out whether they do.
+
+    Args:
+        process_group: The ranks that begin together; None for one that is alone or joins.
+        join: "host:port" of a rank of the job, for one that comes later.
+
+    Raises:
+        ConfigError: `join` is no address.
+    """
+    towards = os.environ.get("MASTER_ADDR") if process_group is not None else None
+    if join is not None:
+        towards = parse_address(join).host
     try:
         return own_address(towards)
     except OSError:
