@@ -68,6 +68,11 @@ WAYS = {
         lr=3e-3,
         algorithm=distopt.SparseLoCo(inner_steps=15, k=256, overlap=2, warmup_rounds=10),
     ),
+    "sparseloco-30": Way(
+        label="SparseLoCo, H = 30, k = 256, overlap 4",
+        lr=3e-3,
+        algorithm=distopt.SparseLoCo(inner_steps=30, k=256, overlap=4, warmup_rounds=5),
+    ),
 }
 
 
